@@ -1,0 +1,67 @@
+"""Devices: the default, the user's file, its schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hwmpq import devices
+from hwmpq.errors import InputError, UnknownName
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "devices.toml"
+    monkeypatch.setenv("HWMPQ_DEVICES", str(path))
+    return path
+
+
+def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HWMPQ_DEVICES")
+    monkeypatch.setattr(devices.platformdirs, "user_config_path", lambda name: tmp_path / "none")
+    local = devices.load()
+    assert (local.name, local.transport, local.prefix, local.cores) == ("local", "local", (), ())
+    assert local.lock.name == "local.lock"
+
+
+def test_the_users_file(file: Path) -> None:
+    file.write_text(
+        "version = 1\n[devices.local]\ncores = [1]\n[devices.box]\n"
+        'prefix = ["nice"]\nlock = "/tmp/box.lock"\ntarget = "x86-avx2"\n'
+    )
+    assert devices.load().cores == (1,)
+    box = devices.load("box")
+    assert (box.prefix, box.lock, box.target) == (("nice",), Path("/tmp/box.lock"), "x86-avx2")
+
+
+def test_unknown_device_names_the_nearest(file: Path) -> None:
+    file.write_text("version = 1\n[devices.bench-box]\n")
+    with pytest.raises(UnknownName, match=r"unknown device: got 'benchbox'.*Nearest: bench-box"):
+        devices.load("benchbox")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version = 1\n[devices.b]\ncolour = 1", "device 'b' in .*: got colour: Unexpected"),
+        ('version = 1\n[devices.b]\ntransport = "mail"', "transport: Input should be 'local'"),
+        ('version = 1\n[devices.b]\ncores = ["1"]', "cores.0: Input should be a valid integer"),
+        ('version = 1\n[devices.b]\nname = "c"', "The table names it"),
+        ("version = 1\n[b]", "unknown key in device file .*: got b;"),
+        ("version = 1\ndevices = 3", "NAME. tables"),
+        ("version = 1\n[devices]\nb = 3", "NAME. tables"),
+        ("version = 2", "allowed: version = 1"),
+        ("[devices.b]", "no or another version"),
+        ("version 1", "unreadable device file"),
+    ],
+)
+def test_schema(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        devices.load()
+
+
+def test_a_file_that_was_named_must_exist(file: Path) -> None:
+    with pytest.raises(InputError, match="unreadable device file"):
+        devices.load()
