@@ -1,0 +1,33 @@
+"""Timing on the real device: protocol, worker process, statistics, environment, store.
+
+    with WorkerProcess(threads=1) as worker:
+        timings = time_block(cells, Protocol(), worker)
+    store = hwmpq.measure.store.Store.open(None)
+
+Importing this loads neither tvm nor sqlalchemy.
+"""
+
+from __future__ import annotations
+
+from hwmpq.measure.environment import conditions, fingerprint, toolchain
+from hwmpq.measure.process import WorkerCrashed, WorkerFailed, WorkerProcess, WorkerTimeout
+from hwmpq.measure.protocol import Cell, CellTiming, Protocol, pairs, time_block
+from hwmpq.measure.stats import Comparison, compare, median_interval
+
+__all__ = [
+    "Cell",
+    "CellTiming",
+    "Comparison",
+    "Protocol",
+    "WorkerCrashed",
+    "WorkerFailed",
+    "WorkerProcess",
+    "WorkerTimeout",
+    "compare",
+    "conditions",
+    "fingerprint",
+    "median_interval",
+    "pairs",
+    "time_block",
+    "toolchain",
+]

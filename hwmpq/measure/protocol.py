@@ -1,0 +1,186 @@
+"""A block of cells in a worker: what to time, how, and what came out.
+
+A block is timed interleaved, so that its cells see the same machine and can be compared in pairs.
+A cell that crashes or hangs the worker is found, recorded, and the block runs again without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from hwmpq.errors import InputError
+from hwmpq.measure.process import WorkerCrashed, WorkerProcess, WorkerTimeout
+from hwmpq.types import FloatArray, reject_unknown
+
+#: A fresh worker may take this long to import TVM; this never counts against a cell.
+START_DEADLINE_S = 180.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to time.
+
+    kind 'kernel': `library` (.so) with `function`; `args`: a safetensors file with the tensors "0",
+    "1", ... in argument order; `roles[i]`: 'output' (overwritten, must be written whole), 'weight'
+    (rotated through copies, so that it is read cold), anything else (warm, as given); `expected`: a
+    safetensors file with the right outputs under their argument index, compared by
+    |got − expected| ≤ atol + rtol·|expected|.
+    kind 'artifact': `path`: its folder; `input`: a file for its `bench_callable`, else its own.
+    """
+
+    key: str
+    kind: Literal["kernel", "artifact"] = "kernel"
+    library: str = ""
+    function: str = "main"
+    args: str = ""
+    roles: tuple[str, ...] = ()
+    expected: str = ""
+    atol: float = 0.0
+    rtol: float = 0.0
+    path: str = ""
+    input: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Cell:
+        """Raises InputError for an unknown key or kind."""
+        reject_unknown("cell", data, set(Cell.__dataclass_fields__))
+        given = {name: value for name, value in data.items() if value is not None}
+        if given.get("kind", "kernel") not in ("kernel", "artifact"):
+            raise InputError("kind of cell", data["kind"], ("kernel", "artifact"))
+        return Cell(**(given | {"roles": tuple(given.get("roles", ()))}))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a block is timed.
+
+    rounds: each gives every cell one epoch; epoch_s: about how long an epoch is; threads: must be
+    those of the worker; seed: of the order and the jitter of the inner count; pin: to the last core
+    (one thread only); deadline_s: the longest silence of the worker, one step or one round.
+    """
+
+    rounds: int = 12
+    epoch_s: float = 0.008
+    threads: int = 1
+    seed: int = 0
+    pin: bool = True
+    deadline_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.threads < 1:
+            raise InputError("rounds and threads", (self.rounds, self.threads), "at least 1")
+        if not (0 < self.epoch_s < math.inf and 0 < self.deadline_s < math.inf):
+            raise InputError(
+                "epoch_s and deadline_s", (self.epoch_s, self.deadline_s), "positive seconds"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Protocol:
+        """Raises InputError for an unknown key."""
+        reject_unknown("protocol", data, set(Protocol.__dataclass_fields__))
+        return Protocol(**data)
+
+
+@dataclass(frozen=True)
+class CellTiming:
+    """Raw seconds per call of every kept epoch, or an error.
+
+    rejected_s: epochs that a gate refused. quality, where there are samples: rounds (the round of
+    each sample), sentinel_s (per round), drift, steal, away, pressure (shares of time), switches,
+    noisy, cold, weight_copies, call_overhead_s, calibration_ratio, core, seed, denormals.
+    """
+
+    key: str
+    samples_s: tuple[float, ...] = ()
+    rejected_s: tuple[float, ...] = ()
+    inner_count: int = 0
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def latency_s(self) -> float:
+        """Median of the samples. Raises ValueError for a failed cell."""
+        if not self.samples_s:
+            raise ValueError(f"cell {self.key} has no time: {self.error}")
+        return float(np.median(self.samples_s))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> CellTiming:
+        """Raises InputError for an unknown key or a time that cannot be one."""
+        reject_unknown("timing", data, set(CellTiming.__dataclass_fields__))
+        samples, rejected = tuple(data["samples_s"]), tuple(data["rejected_s"])
+        for value in samples + rejected:
+            if not (isinstance(value, float) and 0 < value < math.inf):
+                raise InputError(f"time of {data['key']}", value, "positive seconds")
+        return CellTiming(**{**data, "samples_s": samples, "rejected_s": rejected})
+
+
+def pairs(a: CellTiming, b: CellTiming) -> tuple[FloatArray, FloatArray]:
+    """The seconds of two cells of one block in the rounds that both have: for `stats.compare`."""
+    first = dict(zip(a.quality["rounds"], a.samples_s, strict=True))
+    second = dict(zip(b.quality["rounds"], b.samples_s, strict=True))
+    both = sorted(first.keys() & second.keys())
+    return np.array([first[i] for i in both]), np.array([second[i] for i in both])
+
+
+def time_block(
+    cells: Sequence[Cell], protocol: Protocol, worker: WorkerProcess | None = None
+) -> list[CellTiming]:
+    """Time the cells together; the answers are in their order, failures are values.
+
+    Without a worker one is started here and ended. Raises DeviceError when the worker dies with no
+    cell in hand, WorkerFailed for a request that it refuses.
+    """
+    if worker is None:
+        with WorkerProcess(threads=protocol.threads) as own:
+            return time_block(cells, protocol, own)
+    timings: dict[str, CellTiming] = {}
+    waiting = list(cells)
+    while waiting:
+        place: dict[str, Any] = {}
+        request = {"cells": [cell.to_json() for cell in waiting], **protocol.to_json()}
+        worker.call("call", {"function": "hwmpq.measure.timing:get_ready"}, START_DEADLINE_S)
+        try:
+            reply = worker.call("time", request, protocol.deadline_s, _keep(place))
+        except (WorkerCrashed, WorkerTimeout) as error:
+            culprit = place.get("key") or (waiting[0].key if len(waiting) == 1 else None)
+            if place.get("step") in (None, "lock"):
+                raise
+            if culprit is None:  # in the middle of the rounds: each alone shows who it was
+                for cell in waiting:
+                    timings[cell.key] = time_block([cell], protocol, worker)[0]
+                break
+            timings[culprit] = CellTiming(culprit, error=_cause(error, place["step"], protocol))
+            waiting = [cell for cell in waiting if cell.key != culprit]
+        else:
+            timings |= {item["key"]: CellTiming.from_json(item) for item in reply["cells"]}
+            break
+    return [timings[cell.key] for cell in cells]
+
+
+def _keep(place: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    def note(progress: dict[str, Any]) -> None:
+        place.clear()
+        place.update(progress)
+
+    return note
+
+
+def _cause(error: WorkerCrashed | WorkerTimeout, step: str, protocol: Protocol) -> str:
+    if isinstance(error, WorkerCrashed):
+        return f"crashed: {error.cause} in step {step!r}"
+    return f"timed out after {protocol.deadline_s:g} s in step {step!r}"

@@ -1,0 +1,245 @@
+"""What the worker does for `time`: a block of cells, checked, calibrated, timed round by round."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from hwmpq.errors import InputError
+from hwmpq.measure import gates, protocol, stats
+from hwmpq.measure.environment import conditions, fingerprint
+from hwmpq.measure.kernel import WrongNumbers, call_overhead_s, check_kernel, load_kernel
+from hwmpq.measure.protocol import Cell, CellTiming
+
+Progress = Callable[[Mapping[str, Any]], None]
+#: Cells of one block share their inner count unless their times differ by more than this.
+MAX_SHARED_RATIO = 10.0
+_SENTINEL_BYTES = bytes(64 << 10)
+
+
+class Runner(Protocol):
+    """Something that can be called many times: a kernel or an artifact."""
+
+    def run(self, count: int) -> float:
+        """Seconds that `count` calls take."""
+        ...
+
+
+class Calls:
+    """A zero-argument Python callable as a Runner: for artifacts, whose calls take milliseconds."""
+
+    def __init__(self, function: Callable[[], object]):
+        self.function = function
+
+    def run(self, count: int) -> float:
+        function = self.function
+        began = time.perf_counter()
+        for _ in range(count):
+            function()
+        return time.perf_counter() - began
+
+
+@dataclass
+class Entry:
+    """A cell in the making. count: calls per epoch; rounds: the round of each kept sample."""
+
+    cell: Cell
+    runner: Runner
+    quality: dict[str, Any]
+    per_call_s: float = 0.0
+    count: int = 1
+    kept: list[gates.Epoch] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    rejected: list[tuple[int, gates.Epoch]] = field(default_factory=list)
+    error: str = ""
+
+
+def get_ready(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """Import TVM and do all that is done once per process; answers who the worker's machine is."""
+    overhead_s = call_overhead_s()
+    return {"fingerprint": fingerprint(), **conditions(), "call_overhead_s": overhead_s}
+
+
+def run_block(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Time {"cells": [...], **fields of Protocol} and answer {"cells": [CellTiming, ...]}.
+
+    A cell that fails has an error instead of samples. Before each step that may take the process
+    down a progress {"key", "step"} names the cell. Raises InputError for a bad request.
+    """
+    fields = dict(payload)
+    cells = [Cell.from_json(item) for item in fields.pop("cells")]
+    plan = protocol.Protocol.from_json(fields)
+    if len({cell.key for cell in cells}) != len(cells):
+        raise InputError("cells of one block need distinct keys", [cell.key for cell in cells])
+    threads = os.environ.get("TVM_NUM_THREADS")
+    if threads != str(plan.threads):
+        raise InputError("worker started with another number of threads", threads, plan.threads)
+    timings: dict[str, CellTiming] = {}
+    with (
+        gates.machine_lock(lambda: progress({"step": "lock"})),
+        gates.pinned(plan.pin and plan.threads == 1) as core,
+    ):
+        entries = []
+        for cell in cells:
+            try:
+                entries.append(_prepare(cell, plan, progress))
+            except WrongNumbers as error:
+                timings[cell.key] = CellTiming(cell.key, error=f"wrong numbers: {error}")
+            except Exception as error:
+                timings[cell.key] = CellTiming(cell.key, error=f"{type(error).__name__}: {error}")
+        if entries:
+            progress({"step": "time"})
+            _share_counts(entries, plan.epoch_s)
+            shared = _rounds(entries, plan, core, progress)
+            timings |= {item.cell.key: _timing(item, plan.rounds, shared) for item in entries}
+    return {"cells": [timings[cell.key].to_json() for cell in cells]}
+
+
+def _prepare(cell: Cell, plan: protocol.Protocol, progress: Progress) -> Entry:
+    """Load, check before any timing, calibrate."""
+    progress({"key": cell.key, "step": "load"})
+    runner: Runner
+    if cell.kind == "kernel":
+        kernel = load_kernel(cell)
+        progress({"key": cell.key, "step": "check"})
+        check_kernel(kernel, cell)
+        quality = {
+            "call_overhead_s": call_overhead_s(),
+            "weight_copies": kernel.copies,
+            "cold": kernel.cold,
+        }
+        runner = kernel
+    else:
+        runner = Calls(_load_artifact(cell))
+        progress({"key": cell.key, "step": "first run"})
+        runner.run(1)
+        overhead = min(Calls(lambda: None).run(10_000) for _ in range(5)) / 10_000
+        quality = {"call_overhead_s": overhead}
+    progress({"key": cell.key, "step": "calibrate"})
+    entry = Entry(cell, runner, quality)
+    _calibrate(entry, plan.epoch_s)
+    return entry
+
+
+def _load_artifact(cell: Cell) -> Callable[[], object]:
+    from hwmpq.artifact import load  # type: ignore[import-not-found,unused-ignore]
+
+    artifact = load(cell.path)
+    inputs = (cell.input,) if cell.input else ()
+    function: Callable[[], object] = artifact.bench_callable(*inputs)
+    return function
+
+
+def _calibrate(entry: Entry, epoch_s: float) -> None:
+    """Seconds per call, estimated twice: one preemption must not mislead. All of it is warm-up."""
+    estimates: list[float] = []
+    for _ in range(2):
+        count, seconds = 1, entry.runner.run(1)
+        while seconds < epoch_s / 4 and count < 1 << 30:
+            count *= 2 if seconds > epoch_s / 64 else 8
+            seconds = entry.runner.run(count)
+        estimates.append(seconds / count)
+    entry.per_call_s = max(min(estimates), 1e-12)
+    entry.quality["calibration_ratio"] = max(estimates) / entry.per_call_s
+
+
+def _share_counts(entries: list[Entry], epoch_s: float) -> None:
+    """One inner count for the block, or each cell its own where the times lie too far apart."""
+    times = [entry.per_call_s for entry in entries]
+    shared = max(times) <= MAX_SHARED_RATIO * min(times)
+    middle = math.exp(sum(map(math.log, times)) / len(times))
+    for entry in entries:
+        entry.count = max(1, round(epoch_s / (middle if shared else entry.per_call_s)))
+
+
+def latin_square(size: int) -> list[list[int]]:
+    """Row r = the order of round r: each item once in each place, and (even size) once after
+    each other item. Source: E. J. Williams, Aust. J. Sci. Res. A2 (1949) 149."""
+    first = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(size)]
+    return [[(item + row) % size for item in first] for row in range(size)]
+
+
+def _rounds(
+    entries: list[Entry], plan: protocol.Protocol, core: int | None, progress: Progress
+) -> dict[str, Any]:
+    """Fill the entries, interleaved; a bad epoch is repeated once, at once. Returns what all share.
+
+    Two epochs per round and cell at most, so the cap is twice the rounds.
+    """
+    chance = random.Random(plan.seed)
+    items = chance.sample(entries, len(entries))
+    orders = latin_square(len(items))
+    sentinel: list[float] = []
+    began = gates.Counters.read(core)
+    for entry in entries:  # discarded: caches, branch predictors, clock frequency
+        entry.runner.run(entry.count)
+    for number in range(plan.rounds):
+        progress({"step": "time", "round": number})
+        sentinel.append(min(_sentinel_s() for _ in range(2)))
+        for index in orders[number % len(items)]:
+            entry = items[index]
+            for _ in range(2):
+                count = max(1, int(entry.count * (1 + 0.2 * chance.random())))
+                epoch = _epoch(entry.runner, count, core, plan.threads)
+                if not epoch.bad:
+                    entry.kept.append(epoch)
+                    entry.rounds.append(number)
+                    break
+                entry.rejected.append((number, epoch))
+    whole = gates.Epoch.between(began, gates.Counters.read(core), 0.0, 1, plan.threads)
+    return {
+        "sentinel_s": sentinel,
+        "drift": stats.drift(sentinel),
+        "pressure": whole.pressure,
+        "block_steal": whole.steal,
+        "core": core,
+        "seed": plan.seed,
+        "denormals": "kept" if np.float32(1e-40) * np.float32(0.5) else "flushed",
+    }
+
+
+def _epoch(runner: Runner, count: int, core: int | None, threads: int) -> gates.Epoch:
+    before = gates.Counters.read(core)
+    seconds = runner.run(count)
+    return gates.Epoch.between(before, gates.Counters.read(core), seconds, count, threads)
+
+
+def _sentinel_s() -> float:
+    """Seconds of a fixed piece of work: SHA-256 of 64 KiB of zeros, eight times."""
+    began = time.perf_counter()
+    for _ in range(8):
+        hashlib.sha256(_SENTINEL_BYTES).digest()
+    return time.perf_counter() - began
+
+
+def _timing(entry: Entry, rounds: int, shared: Mapping[str, Any]) -> CellTiming:
+    """Too few quiet epochs: the disturbed ones count too, and `noisy` says so."""
+    noisy = len(entry.kept) < min(stats.MIN_SAMPLES, rounds)
+    samples = list(zip(entry.rounds, entry.kept, strict=True))
+    if noisy:
+        samples = sorted(samples + entry.rejected, key=lambda pair: pair[0])
+    epochs = [epoch for _, epoch in samples]
+    quality = {
+        **entry.quality,
+        **shared,
+        "rounds": [number for number, _ in samples],
+        "noisy": noisy,
+        "steal": max(epoch.steal for epoch in epochs),
+        "away": max(epoch.away for epoch in epochs),
+        "switches": sum(epoch.switches for epoch in epochs),
+    }
+    return CellTiming(
+        key=entry.cell.key,
+        samples_s=tuple(epoch.per_call_s for epoch in epochs),
+        rejected_s=() if noisy else tuple(epoch.per_call_s for _, epoch in entry.rejected),
+        inner_count=entry.count,
+        quality=quality,
+    )
