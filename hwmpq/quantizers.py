@@ -1,0 +1,101 @@
+"""Quantizers: the scales and zero points of tensors, and the rounded weights of layers.
+
+A value beside the assignment, made alike by calibration, AdaRound, QAT and FLIQS, and the only
+source of numbers for the simulator and the lowering. numpy; saved as `quantizers.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmpq.errors import InputError
+from hwmpq.formats import QuantizedWeight
+from hwmpq.requantize import Quantizer
+
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizers:
+    """activations: (tensor, encoding) -> Quantizer, integers only, by `StoragePlan.root`;
+    weights: (layer, format name) -> codes and scale, rounded once by its Format."""
+
+    activations: Mapping[tuple[str, str], Quantizer] = field(default_factory=dict)
+    weights: Mapping[tuple[str, str], QuantizedWeight] = field(default_factory=dict)
+
+    def activation(self, tensor: str, encoding: str) -> Quantizer:
+        """Raises InputError when the tensor was not calibrated for the encoding."""
+        try:
+            return self.activations[tensor, encoding]
+        except KeyError:
+            known = sorted({e for t, e in self.activations if t == tensor})
+            raise InputError(
+                f"tensor {tensor!r} has no quantizer for {encoding}", None, known or "none",
+                "Calibrate again with this encoding among the formats.",
+            ) from None  # fmt: skip
+
+    def weight(self, layer: str, format_name: str) -> QuantizedWeight:
+        """Raises InputError when the layer's weights were not rounded to the format."""
+        try:
+            return self.weights[layer, format_name]
+        except KeyError:
+            known = sorted({f for name, f in self.weights if name == layer})
+            raise InputError(
+                f"layer {layer!r} has no rounded weights for {format_name}", None, known or "none",
+                "Calibrate again with this format in the menu.",
+            ) from None  # fmt: skip
+
+    def only(self, assignment: Mapping[str, str]) -> Quantizers:
+        """Without the weights of formats that the assignment does not use."""
+        kept = {k: v for k, v in self.weights.items() if assignment.get(k[0]) == k[1]}
+        return Quantizers(self.activations, kept)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file (aside, then renamed)."""
+        from safetensors.numpy import save_file
+
+        tensors: dict[str, NDArray[Any]] = {}
+        for (layer, fmt), weight in self.weights.items():
+            tensors[f"{layer}|{fmt}|codes"] = np.ascontiguousarray(weight.codes)
+            if weight.scale is not None:
+                tensors[f"{layer}|{fmt}|scale"] = np.ascontiguousarray(weight.scale)
+        table = [[t, e, float(q.scale), q.zero] for (t, e), q in sorted(self.activations.items())]
+        metadata = {"version": str(VERSION), "activations": json.dumps(table)}
+        aside = path.with_name(path.name + ".part")
+        save_file(tensors, aside, metadata)
+        os.replace(aside, path)
+
+    @staticmethod
+    def load(path: Path) -> Quantizers:
+        """Read a file made by `save`. Raises InputError on anything else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read quantizers {path}", error) from error
+        if metadata.get("version") != str(VERSION):
+            raise InputError(
+                f"{path} is no quantizers file of this version",
+                metadata.get("version"),
+                VERSION,
+                "Make it again with this version of hwmpq.",
+            )
+        rows = json.loads(metadata["activations"])
+        activations = {(t, e): Quantizer(float(s), int(z)) for t, e, s, z in rows}
+        weights = {}
+        for name, codes in tensors.items():
+            layer, fmt, role = name.rsplit("|", 2)
+            if role == "codes":
+                weights[layer, fmt] = QuantizedWeight(codes, tensors.get(f"{layer}|{fmt}|scale"))
+        return Quantizers(activations, weights)
