@@ -1,0 +1,141 @@
+"""Kernels: what can run a layer in a format on a target. The only judge of legality.
+
+A kernel is a loop nest × a micro-kernel × a weight decoder, with the one epilogue. None is written
+out: `candidates` composes those that fit, by `requires ⊆ features`, each part saying why not.
+tvm is imported only when something is emitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from numpy.typing import NDArray
+
+from hwmpq.errors import InputError
+from hwmpq.formats import Format
+from hwmpq.kernels.decode import Decoder, decoder
+from hwmpq.kernels.micro import Micro, micros
+from hwmpq.kernels.nests import Call, Nest, Schedule, emit, nests
+from hwmpq.requantize import Epilogue
+from hwmpq.types import Execution, Workload, digest
+
+__all__ = ["Call", "Kernel", "Schedule", "best", "candidates", "kernel_named", "why_not"]
+
+#: Part of every cache key of a measured kernel: raise it when emitted code changes.
+CODEGEN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A composition that can run a workload in a format."""
+
+    nest: Nest
+    micro: Micro
+    decoder: Decoder
+
+    @property
+    def name(self) -> str:
+        return f"{self.nest.name}.{self.micro.name}.{self.decoder.encoding}"
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return self.micro.requires
+
+    def execution(self, fmt: Format) -> Execution:
+        return self.micro.execution(fmt)
+
+    def schedule(self, call: Call) -> Schedule:
+        """The default schedule: the best by estimate."""
+        return self.nest.schedules(call, self.micro)[0]
+
+    def emit(self, call: Call, schedule: Schedule | None = None) -> Any:
+        """TVM PrimFunc; arguments: x, weight (or b), multiplier, bias, scalars, [residual], out,
+        all flat."""
+        return emit(self.nest, call, self.micro, self.decoder, schedule or self.schedule(call))
+
+    def parameters(
+        self, workload: Workload, codes: NDArray[Any] | None, epilogue: Epilogue
+    ) -> dict[str, NDArray[Any]]:
+        """The packed constant arguments, in call order after x (a matmul has no weight)."""
+        packed = {}
+        if codes is not None:
+            packed["weight"] = self.nest.pack(codes, workload, self.micro, self.decoder)
+        packed["multiplier"] = self.nest.pad(epilogue.multiplier, workload, self.micro)
+        packed["bias"] = self.nest.pad(epilogue.bias, workload, self.micro)
+        packed["scalars"] = epilogue.scalars
+        return packed
+
+    def cell(self, call: Call) -> str:
+        """A stable hash of what is emitted for a call by default."""
+        schedule = self.schedule(call)
+        return digest(
+            [
+                CODEGEN_VERSION, self.name, call.workload.to_json(), call.format.name, call.x,
+                call.b, call.out, call.residual, call.threads, schedule.rows, schedule.vectors,
+                schedule.order,
+            ]
+        )  # fmt: skip
+
+
+@cache
+def _kernels(features: frozenset[str]) -> tuple[tuple[Nest, Micro], ...]:
+    able = [m for m in micros() if m.requires <= features]
+    return tuple((nest, micro) for nest in nests() for micro in able)
+
+
+def candidates(workload: Workload, fmt: Format, features: frozenset[str]) -> list[Kernel]:
+    """Kernels that run the workload in the format, best estimate first."""
+    found: list[tuple[float, Kernel]] = []
+    for nest, micro in _kernels(features):
+        if _reason(nest, micro, workload, fmt) is None:
+            weight = decoder(fmt.weight.name, nest.weight_dtype(micro))
+            assert weight is not None
+            kernel = Kernel(nest, micro, weight)
+            found.append((_estimate(kernel, workload, fmt), kernel))
+    return [k for _, k in sorted(found, key=lambda item: (item[0], item[1].name))]
+
+
+def best(workload: Workload, fmt: Format, features: frozenset[str]) -> Kernel | None:
+    """The first candidate, or None."""
+    return next(iter(candidates(workload, fmt, features)), None)
+
+
+def why_not(workload: Workload, fmt: Format, features: frozenset[str]) -> str | None:
+    """None when some kernel runs the workload in the format, else every part's reason."""
+    if candidates(workload, fmt, features):
+        return None
+    pairs = [p for p in _kernels(features) if workload.op in p[0].ops]
+    if not pairs:
+        missing = [m for m in micros() if not m.requires <= features]
+        names = ", ".join(f"{m.name} (needs {'+'.join(sorted(m.requires))})" for m in missing)
+        return f"no kernel for {workload.op} with the target's features; others: {names or 'none'}"
+    return "; ".join(dict.fromkeys(_reason(n, m, workload, fmt) or "" for n, m in pairs))
+
+
+def kernel_named(name: str, workload: Workload, fmt: Format, features: frozenset[str]) -> Kernel:
+    """The candidate with this name. Raises InputError when it is none."""
+    found = {k.name: k for k in candidates(workload, fmt, features)}
+    if name not in found:
+        raise InputError(f"no such kernel for {workload.op} in {fmt.name}", name, sorted(found))
+    return found[name]
+
+
+def _reason(nest: Nest, micro: Micro, workload: Workload, fmt: Format) -> str | None:
+    if workload.op not in nest.ops:
+        return f"the {nest.name} nest does not run {workload.op}"
+    if fmt.granularity == "group":
+        return "no kernel applies group scales yet"
+    reason = micro.why_not(fmt) or nest.why_not(workload, fmt, micro)
+    if reason:
+        return reason
+    if decoder(fmt.weight.name, nest.weight_dtype(micro)) is None:
+        return f"no decoder from {fmt.weight.name} weights to {nest.weight_dtype(micro)}"
+    return None
+
+
+def _estimate(kernel: Kernel, workload: Workload, fmt: Format) -> float:
+    """Cycles per multiply-accumulate on a 4 × 2 block: only used to order candidates."""
+    micro = kernel.micro
+    return micro.cycles(4, 2, fmt) / (8 * micro.lanes * micro.kstep) * micro.kstep

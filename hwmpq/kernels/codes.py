@@ -1,0 +1,82 @@
+"""Loading and storing tensor elements in their encodings, inside a kernel.
+
+Codes and bit patterns are those of `hwmpq.formats`; `memory_dtype` is how they lie in memory.
+"""
+
+from __future__ import annotations
+
+from hwmpq.kernels.ir import IR, Buffer, Expr
+from hwmpq.storage import is_integer
+
+#: The fp32 scalars of one tensor's quantizer: scale, zero point, reciprocal of the scale.
+SCALE, ZERO, INVERSE = 0, 1, 2
+
+
+def memory_dtype(encoding: str) -> str:
+    """numpy/TIR dtype of one stored element."""
+    if encoding == "fp32":
+        return "float32"
+    if encoding in ("bf16", "fp16"):
+        return "uint16"
+    return "int8" if encoding.startswith("s") else "uint8"
+
+
+def to_f32(ir: IR, value: Expr, encoding: str, lanes: int) -> Expr:
+    """The element as fp32: the value of a float encoding, the bare code of an integer one."""
+    if encoding == "fp32":
+        return value
+    if encoding == "bf16":
+        wide = ir.cast(value, "uint32", lanes)
+        return ir.reinterpret(wide << ir.const(16, "uint32", lanes), "float32", lanes)
+    if encoding == "fp16":
+        return ir.cast(ir.reinterpret(value, "float16", lanes), "float32", lanes)
+    if is_integer(encoding):
+        return ir.cast(ir.cast(value, "int32", lanes), "float32", lanes)
+    raise ValueError(f"no kernel reads activations in {encoding}")
+
+
+def from_f32(ir: IR, value: Expr, encoding: str, lanes: int) -> Expr:
+    """What is stored for an fp32 value; for an integer encoding the value is the exact code."""
+    if encoding == "fp32":
+        return value
+    if encoding == "bf16":
+        return _bf16(ir, value, lanes)
+    if encoding == "fp16":
+        top = ir.const(65504.0, "float32", lanes)
+        bounded = ir.maximum(ir.minimum(value, top), ir.const(-65504.0, "float32", lanes))
+        return ir.reinterpret(ir.cast(bounded, "float16", lanes), "uint16", lanes)
+    if is_integer(encoding):
+        return ir.cast(ir.cast(value, "int32", lanes), memory_dtype(encoding), lanes)
+    raise ValueError(f"no kernel writes activations in {encoding}")
+
+
+def _bf16(ir: IR, value: Expr, lanes: int) -> Expr:
+    """Round half to even on the bit pattern; overflow saturates as `formats` says."""
+    top = ir.const(3.3895313892515355e38, "float32", lanes)
+    bounded = ir.maximum(ir.minimum(value, top), ir.const(-3.3895313892515355e38, "float32", lanes))
+    bits = ir.let(ir.reinterpret(bounded, "uint32", lanes))
+
+    def u(number: int) -> Expr:
+        return ir.const(number, "uint32", lanes)
+
+    even = (bits >> u(16)) & u(1)
+    return ir.cast((bits + u(0x7FFF) + even) >> u(16), "uint16", lanes)
+
+
+def quantize(
+    ir: IR, value: Expr, q: Buffer, encoding: str, lanes: int, bounds: tuple[int, int]
+) -> Expr:
+    """fp32 value -> fp32-held code: clamp(rint(value · inverse) + zero)."""
+
+    def s(index: int) -> Expr:
+        return ir.broadcast(ir.load(q, index), lanes)
+
+    code = ir.rint(value * s(INVERSE), lanes) + s(ZERO)
+    low, high = (ir.const(b, "float32", lanes) for b in bounds)
+    return ir.maximum(ir.minimum(code, high), low)
+
+
+def dequantize(ir: IR, code: Expr, q: Buffer, lanes: int) -> Expr:
+    """fp32-held code -> fp32 value: (code − zero) · scale."""
+    zero, scale = (ir.broadcast(ir.load(q, i), lanes) for i in (ZERO, SCALE))
+    return (code - zero) * scale

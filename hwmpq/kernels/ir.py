@@ -1,0 +1,142 @@
+"""A small hand on TVM's IRBuilder: flat buffers, vectors, loops. Kernels are written with it.
+
+Buffers are one-dimensional; an index is a Python int or a TIR expression. `lanes` = elements of a
+vector value; scalars have one lane. Everything emitted is plain TIR: the same text is printed by
+`PrimFunc.show()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Expr = Any
+Buffer = Any
+
+
+class IR:
+    """Builds one PrimFunc: `with ir.function(): ...` and then `ir.result()`."""
+
+    def __init__(self) -> None:
+        import tvm.tirx as tir
+        from tvm.script.ir_builder import IRBuilder
+        from tvm.script.ir_builder import tirx as T
+
+        self._t, self._tir, self._builder = T, tir, IRBuilder()
+
+    @contextmanager
+    def function(self, name: str = "main") -> Iterator[None]:
+        with self._builder, self._t.prim_func(s_tir=True):
+            self._t.func_attr({"global_symbol": name, "tirx.noalias": True})
+            yield
+
+    def result(self) -> Any:
+        return self._builder.get()
+
+    def arg(self, name: str, size: int, dtype: str) -> Buffer:
+        return self._t.arg(name, self._t.buffer((size,), dtype))
+
+    def arg_nd(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """An argument with a shape of several dimensions, given back as its flat view."""
+        full = self._t.arg(name, self._t.buffer(shape, dtype))
+        size = 1
+        for extent in shape:
+            size *= extent
+        return self._t.decl_buffer((size,), dtype, data=full.data)
+
+    def local(self, size: int, dtype: str) -> Buffer:
+        """Registers or stack: constant indices let LLVM keep it in registers."""
+        return self._t.alloc_buffer((size,), dtype, scope="local")
+
+    def scratch(self, size: int, dtype: str) -> Buffer:
+        """Memory of the call, from the runtime's workspace pool."""
+        return self._t.alloc_buffer((size,), dtype, scope="global")
+
+    @contextmanager
+    def loop(self, extent: int, parallel: bool = False) -> Iterator[Expr]:
+        if extent == 1:
+            yield 0
+            return
+        maker = self._t.parallel if parallel else self._t.serial
+        with maker(extent) as index:
+            yield index
+
+    def load(self, buffer: Buffer, index: Expr, lanes: int = 1, stride: int = 1) -> Expr:
+        return buffer[self._at(index, lanes, stride)]
+
+    def store(self, buffer: Buffer, index: Expr, value: Expr, lanes: int = 1) -> None:
+        self._t.buffer_store(buffer, value, [self._at(index, lanes, 1)])
+
+    def _at(self, index: Expr, lanes: int, stride: int) -> Expr:
+        return index if lanes == 1 else self._tir.Ramp(index, stride, lanes)
+
+    def let(self, value: Expr) -> Expr:
+        """Give a value a name so that it is computed once."""
+        return self._t.bind(value)
+
+    def const(self, value: float, dtype: str, lanes: int = 1) -> Expr:
+        scalar = self._tir.const(value, dtype)
+        return scalar if lanes == 1 else self._tir.Broadcast(scalar, lanes)
+
+    def broadcast(self, value: Expr, lanes: int) -> Expr:
+        return value if lanes == 1 else self._tir.Broadcast(value, lanes)
+
+    def cast(self, value: Expr, dtype: str, lanes: int = 1) -> Expr:
+        return self._tir.Cast(dtype if lanes == 1 else f"{dtype}x{lanes}", value)
+
+    def reinterpret(self, value: Expr, dtype: str, lanes: int = 1) -> Expr:
+        return self._tir.reinterpret(dtype if lanes == 1 else f"{dtype}x{lanes}", value)
+
+    def intrinsic(self, name: str, dtype: str, *args: Expr) -> Expr:
+        """A pure LLVM intrinsic by its full name; dtype with lanes, e.g. 'int32x8'."""
+        return self._tir.call_llvm_pure_intrin(dtype, name, *args)
+
+    def call(self, name: str, dtype: str, *args: Expr) -> Expr:
+        """A TIR intrinsic such as 'tirx.nearbyint'."""
+        return self._tir.call_intrin(dtype, name, *args)
+
+    def rint(self, value: Expr, lanes: int = 1) -> Expr:
+        """Round half to even."""
+        return self.call("tirx.nearbyint", "float32" if lanes == 1 else f"float32x{lanes}", value)
+
+    def minimum(self, a: Expr, b: Expr) -> Expr:
+        return self._tir.Min(a, b)
+
+    def maximum(self, a: Expr, b: Expr) -> Expr:
+        return self._tir.Max(a, b)
+
+    def select(self, condition: Expr, a: Expr, b: Expr) -> Expr:
+        return self._tir.Select(condition, a, b)
+
+    def less(self, a: Expr, b: Expr) -> Expr:
+        return self._tir.LT(a, b)
+
+    def both(self, a: Expr, b: Expr) -> Expr:
+        return self._tir.And(a, b)
+
+    def shuffle(self, vector: Expr, indices: list[int]) -> Expr:
+        return self._tir.Shuffle([vector], indices)
+
+    def fill(self, buffer: Buffer, start: Expr, size: int, value: Expr, dtype: str) -> None:
+        """buffer[start : start+size] = value (a scalar)."""
+        for at, lanes in self.vectors(start, size, 256 // _BITS[dtype]):
+            self.store(buffer, at, self.broadcast(value, lanes), lanes)
+
+    def vectors(self, start: Expr, size: int, lanes: int) -> Iterator[tuple[Expr, int]]:
+        """Run the body once per emitted form: a loop of full vectors, then one of single items.
+
+        Used as `for at, lanes in ir.vectors(...)`: the body is emitted inside each loop.
+        """
+        full, rest = divmod(size, lanes)
+        if full:
+            with self.loop(full) as i:
+                yield start + i * lanes, lanes
+        if rest:
+            with self.loop(rest) as i:
+                yield start + full * lanes + i, 1
+
+
+_BITS = {
+    "float32": 32, "int32": 32, "uint16": 16, "int16": 16, "uint8": 8, "int8": 8,
+}  # fmt: skip

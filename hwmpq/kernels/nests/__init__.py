@@ -1,0 +1,145 @@
+"""Loop nests: one operator per file, over any micro-kernel, decoder and epilogue.
+
+A file defines `NEST`, the folder is the registry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmpq.formats import Format
+from hwmpq.kernels.codes import memory_dtype
+from hwmpq.kernels.decode import Decoder
+from hwmpq.kernels.epilogue import EpilogueEmitter
+from hwmpq.kernels.ir import IR, Buffer
+from hwmpq.kernels.micro import Micro
+from hwmpq.requantize import SCALARS
+from hwmpq.types import Workload
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a kernel: the workload in a format, and how its tensors lie in memory.
+
+    x, out, residual: encodings ('' = no residual); b: that of a matmul's second operand.
+    """
+
+    workload: Workload
+    format: Format
+    x: str
+    out: str
+    residual: str = ""
+    b: str = ""
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """rows × vectors: the register block; order: which loop is outside, 'vectors' or 'rows'."""
+
+    rows: int
+    vectors: int
+    order: str = "vectors"
+
+
+class Nest(ABC):
+    """Loops of one operator. All tensors are flat in memory, images channels-last."""
+
+    name: str
+    ops: tuple[str, ...]
+
+    @abstractmethod
+    def why_not(self, workload: Workload, fmt: Format, micro: Micro) -> str | None:
+        """None when the nest can run the workload on the micro-kernel, else the reason."""
+
+    def weight_dtype(self, micro: Micro) -> str:
+        """dtype to which the nest has its weights decoded."""
+        return micro.w_dtype
+
+    @abstractmethod
+    def channels(self, workload: Workload, micro: Micro) -> int:
+        """Padded length of the multiplier and bias vectors."""
+
+    @abstractmethod
+    def pack(
+        self, codes: NDArray[Any], workload: Workload, micro: Micro, decoder: Decoder
+    ) -> NDArray[Any]:
+        """Weight codes in torch's layout -> the flat packed array the kernel reads."""
+
+    @abstractmethod
+    def pad(self, values: NDArray[Any], workload: Workload, micro: Micro) -> NDArray[Any]:
+        """Per-channel values [cout] -> [channels]."""
+
+    @abstractmethod
+    def schedules(self, call: Call, micro: Micro) -> list[Schedule]:
+        """Sensible schedules, best estimate first."""
+
+    @abstractmethod
+    def body(
+        self, ir: IR, call: Call, micro: Micro, decoder: Decoder, schedule: Schedule, bufs: Buffers
+    ) -> None:
+        """Emit the loops."""
+
+    def weight_elements(self, workload: Workload, micro: Micro, decoder: Decoder) -> int:
+        """Length of the packed array."""
+        zeros = np.zeros(workload.weight_shape, np.int8)
+        return int(self.pack(zeros, workload, micro, decoder).size)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The flat arguments of a kernel."""
+
+    x: Buffer
+    weight: Buffer
+    scalars: Buffer
+    epilogue: EpilogueEmitter
+
+
+def arguments(ir: IR, nest: Nest, call: Call, micro: Micro, decoder: Decoder) -> Buffers:
+    """Declare the arguments, in order: x, weight, multiplier, bias, scalars, [residual], out."""
+    w = call.workload
+    x = ir.arg("x", int(np.prod(w.in_shape)), memory_dtype(call.x))
+    if w.has_weight:
+        weight = ir.arg("weight", nest.weight_elements(w, micro, decoder), decoder.memory)
+    else:
+        weight = ir.arg("b", int(np.prod(w.weight_shape)), memory_dtype(call.b))
+    channels = nest.channels(w, micro)
+    multiplier = ir.arg("multiplier", channels, "float32")
+    bias = ir.arg("bias", channels, micro.acc_dtype)
+    scalars = ir.arg("scalars", SCALARS, "float32")
+    elements = int(np.prod(w.out_shape))
+    residual = None
+    if call.residual:
+        residual = ir.arg("residual", elements, memory_dtype(call.residual))
+    out = ir.arg("out", elements, memory_dtype(call.out))
+    scaled = call.format.weight.scaled or not w.has_weight
+    epilogue = EpilogueEmitter(
+        micro.acc_dtype == "int32", call.out, call.residual, scaled,
+        multiplier, bias, scalars, out, residual,
+    )  # fmt: skip
+    return Buffers(x, weight, scalars, epilogue)
+
+
+def emit(nest: Nest, call: Call, micro: Micro, decoder: Decoder, schedule: Schedule) -> Any:
+    """The PrimFunc of a kernel."""
+    ir = IR()
+    with ir.function():
+        buffers = arguments(ir, nest, call, micro, decoder)
+        nest.body(ir, call, micro, decoder, schedule, buffers)
+    return ir.result()
+
+
+@cache
+def nests() -> tuple[Nest, ...]:
+    """Every loop nest of the folder, sorted by name."""
+    modules = (import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__))
+    return tuple(sorted((m.NEST for m in modules if hasattr(m, "NEST")), key=lambda n: n.name))
