@@ -1,0 +1,108 @@
+"""A model by the name the user gives it: `zoo:NAME`, `package.module:callable`, `file.pt2`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from hwmpq import zoo
+from hwmpq.data import Normalization, call_named
+from hwmpq.errors import InputError
+from hwmpq.frontend.pt2 import load_pt2
+from hwmpq.frontend.torch_export import from_exported, trace
+from hwmpq.graph import Graph
+from hwmpq.zoo.weights import load_into
+
+FORMS = ("zoo:NAME", "package.module:callable", "file.pt2")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model and what is known of its input.
+
+    example: one float32 tensor per input; normalization: (mean, std) of x/255, or None when
+    unknown; classes: None when unknown.
+    """
+
+    program: nn.Module | ExportedProgram
+    example: tuple[torch.Tensor, ...]
+    name: str
+    normalization: Normalization | None = None
+    classes: int | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The float model as a callable torch module, in eval mode."""
+        if isinstance(self.program, ExportedProgram):
+            return self.program.module()
+        return self.program.eval()
+
+    def graph(self) -> Graph:
+        """The canonical graph. Raises as `torch_export.trace` does."""
+        if isinstance(self.program, ExportedProgram):
+            return from_exported(self.program)
+        return trace(self.program, self.example)
+
+
+def load_model(
+    spec: str, weights: Path | None = None, input_shape: Sequence[int] | None = None
+) -> LoadedModel:
+    """Load a model; `package.module:callable` runs the user's code, nothing else does.
+
+    weights: safetensors or tensors-only state dict; input_shape: (N, C, H, W), needed for a
+    callable, replaces the batch size and image size of a zoo model.
+    Raises: UnknownName, UnsafeFile, InputError.
+    """
+    if spec.startswith("zoo:"):
+        return _from_zoo(spec, weights, input_shape)
+    if spec.endswith(".pt2"):
+        return _from_file(spec, weights, input_shape)
+    if spec.endswith((".onnx", ".pt", ".pth", ".ckpt", ".safetensors")):
+        raise InputError(
+            "this kind of model file cannot be read", spec, FORMS,
+            "Save the program with torch.export.save, or give its state dict as --weights.",
+        )  # fmt: skip
+    if ":" not in spec:
+        raise InputError("unknown form of model", repr(spec), FORMS)
+    return _from_callable(spec, weights, input_shape)
+
+
+def _example(shape: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    if not shape or any(size < 1 for size in shape):
+        raise InputError("input shape", tuple(shape), "positive sizes N,C,H,W")
+    return (torch.zeros(tuple(shape)),)
+
+
+def _from_zoo(spec: str, weights: Path | None, shape: Sequence[int] | None) -> LoadedModel:
+    found = zoo.build(spec.removeprefix("zoo:"), weights)
+    example = _example(shape or found.input_shape)
+    return LoadedModel(found.module, example, spec, (found.mean, found.std), found.classes)
+
+
+def _from_file(spec: str, weights: Path | None, shape: Sequence[int] | None) -> LoadedModel:
+    if weights is not None:
+        raise InputError("weights for a .pt2 file", weights, "none: the file holds its own")
+    program = load_pt2(Path(spec))
+    if program.example_inputs is None:
+        raise InputError("exported program without example inputs", spec)
+    args, kwargs = program.example_inputs
+    example = (*args, *kwargs.values())
+    if shape is not None and tuple(shape) != tuple(example[0].shape):
+        raise InputError("input shape", tuple(shape), f"{tuple(example[0].shape)}, as exported")
+    return LoadedModel(program, example, Path(spec).stem)
+
+
+def _from_callable(spec: str, weights: Path | None, shape: Sequence[int] | None) -> LoadedModel:
+    module = call_named(spec)
+    if not isinstance(module, nn.Module):
+        raise InputError(f"result of {spec}", type(module).__name__, "torch.nn.Module")
+    if shape is None:
+        raise InputError("no input shape", spec, next="Give --input-shape, such as 1,3,224,224.")
+    if weights is not None:
+        load_into(module, weights)
+    return LoadedModel(module, _example(shape), spec)
