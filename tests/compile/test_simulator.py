@@ -405,6 +405,18 @@ def test_what_is_refused() -> None:
         simulator(images(graph, 1).double())
 
 
+def test_low_precision_products_are_refused() -> None:
+    graph = residual_net()
+    quantizers = calibrate(graph, [images(graph, 2)], ["w8a8"])
+    simulator = Simulator(graph, uniform(graph, "w8a8"), quantizers)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(InputError, match="lower precision: got bf16; allowed: ieee"):
+            simulator(images(graph, 1))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 # -- the judge ------------------------------------------------------------------------------------
 
 

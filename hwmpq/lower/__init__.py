@@ -1,0 +1,66 @@
+"""From an annotated Relax module, an assignment and quantizers to a compiled library.
+
+The passes, in order; each may be put into a `tvm.ir.transform.Sequential`, states its pre- and
+postcondition in its docstring, and leaves unannotated calls untouched:
+  assign_formats   formats and the storage plan written into the annotations
+  lower_annotated  annotated calls -> emitted kernels on flat tensors, packed constants
+  lift_parameters  constants -> arguments of main (a function, since it also returns the arrays)
+then TVM's own lowering of what is left, memory planning and code generation (`compile_module`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from hwmpq.lower.assign import assign_formats
+from hwmpq.lower.codegen import compile_module
+from hwmpq.lower.parameters import lift_parameters
+from hwmpq.lower.rewrite import chosen_kernel, lower_annotated
+from hwmpq.lower.steps import Schedule, Step, steps
+from hwmpq.quantizers import Quantizers
+from hwmpq.targets import Target
+
+__all__ = [
+    "Built", "Schedule", "Step", "assign_formats", "build", "chosen_kernel", "compile_module",
+    "lift_parameters", "lower_annotated", "steps",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Built:
+    """executable: TVM's, ready to export; parameters: in the order main takes them after the
+    inputs; lowered: the module before code generation, to look at; calls: the tensor that each
+    kernel call writes, in order."""
+
+    executable: Any
+    parameters: dict[str, NDArray[Any]]
+    lowered: Any
+    calls: tuple[str, ...]
+
+
+def build(
+    module: Any,
+    assignment: Mapping[str, str],
+    quantizers: Quantizers,
+    target: Target,
+    threads: int = 1,
+    kernels: Mapping[str, str] | None = None,
+) -> Built:
+    """Compile an annotated Relax module.
+
+    kernels: layer -> kernel name where it is not the default. Raises InputError when a layer has
+    no kernel for its format on the target.
+    """
+    import tvm
+
+    passes = tvm.ir.transform.Sequential(
+        [assign_formats(assignment, kernels), lower_annotated(quantizers, target, threads)]
+    )
+    lowered, parameters = lift_parameters(passes(module))
+    calls = tuple(json.loads(str(lowered.attrs["hwmpq.calls"])))
+    return Built(compile_module(lowered, target), parameters, lowered, calls)

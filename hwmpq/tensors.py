@@ -1,0 +1,88 @@
+"""Safetensors files with numpy alone: an artifact must load where nothing else is installed.
+
+The format: 8 bytes little-endian length of a JSON header, the header (name -> dtype, shape, byte
+offsets), the raw bytes (the format section of safetensors' README).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmpq.errors import InputError
+
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+_NAMES = {np.dtype(v): k for k, v in _DTYPES.items()}
+_HEADER_LIMIT = 100 * 2**20
+
+
+def save(
+    path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write aside, then rename. Raises OSError where the disk does not take it."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    blobs, offset = [], 0
+    for name, tensor in tensors.items():
+        data = np.asarray(tensor, order="C")
+        end = offset + data.nbytes
+        header[name] = {
+            "dtype": _NAMES[
+                data.dtype.newbyteorder("<") if data.dtype.itemsize > 1 else data.dtype
+            ],
+            "shape": list(data.shape),
+            "data_offsets": [offset, end],
+        }
+        blobs.append(data.tobytes())
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    aside = path.with_name(path.name + ".part")
+    try:
+        with aside.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for blob in blobs:
+                file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Tensors and metadata. Raises InputError for another or a damaged kind of file."""
+    try:
+        raw = path.read_bytes()
+        (size,) = struct.unpack_from("<Q", raw)
+        if size > min(len(raw) - 8, _HEADER_LIMIT):
+            raise ValueError(f"header of {size} bytes in a file of {len(raw)}")
+        header = json.loads(raw[8 : 8 + size])
+        metadata = header.pop("__metadata__", {})
+        body = memoryview(raw)[8 + size :]
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            if not 0 <= begin <= end <= len(body) or end - begin != _nbytes(shape, dtype):
+                raise ValueError(f"offsets of {name!r} do not fit")
+            tensors[name] = np.frombuffer(body[begin:end], dtype).reshape(shape)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise InputError(f"not a readable safetensors file: {path}", repr(error)) from error
+    return tensors, metadata
+
+
+def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count * dtype.itemsize
