@@ -18,6 +18,8 @@ from hwmpq.formats.encoding import Encoding, divided
 from hwmpq.formats.format import Format
 
 _FP32_MANTISSA, _FP32_BIAS, _FP32_INF = 23, 127, 0x7F800000
+#: Encodings that torch converts to by itself; 8-bit ones are scaled and saturate differently there.
+_TORCH = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,17 @@ class FloatEncoding(Encoding):
         values = cast(xp.where(word >> (self.bits - 1) == 1, -values, values), "float32")
         with np.errstate(over="ignore"):
             return cast(values * like(scale, codes), "float32") if self.scaled else values
+
+    def fake(self, x: Array, scale: Any = 1.0, zero: Any = 0) -> Array:
+        """As `Encoding.fake`; torch's own conversion, equal bit by bit, where it has the type."""
+        xp = namespace(x)
+        if xp is np or self.name not in _TORCH:
+            return super().fake(x, scale, zero)
+        self._check(scale, zero)
+        y = _float32(x)
+        if bool(xp.isnan(y).any()):  # torch keeps no sign of a NaN
+            return super().fake(y)
+        return y.clamp(self.qmin, self.qmax).to(getattr(xp, _TORCH[self.name])).float()
 
     @property
     def _lowest(self) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.storage import is_integer
 
-#: The fp32 scalars of one tensor's quantizer: scale, zero point, reciprocal of the scale.
-SCALE, ZERO, INVERSE = 0, 1, 2
+#: The fp32 scalars of one tensor's quantizer: scale, zero point, reciprocal of the scale; of an
+#: operand also the ratio of its scale to the result's.
+SCALE, ZERO, INVERSE, RATIO, QUANTIZER = 0, 1, 2, 3, 4
 
 
 def memory_dtype(encoding: str) -> str:

@@ -65,8 +65,10 @@ class IR:
     def load(self, buffer: Buffer, index: Expr, lanes: int = 1, stride: int = 1) -> Expr:
         return buffer[self._at(index, lanes, stride)]
 
-    def store(self, buffer: Buffer, index: Expr, value: Expr, lanes: int = 1) -> None:
-        self._t.buffer_store(buffer, value, [self._at(index, lanes, 1)])
+    def store(
+        self, buffer: Buffer, index: Expr, value: Expr, lanes: int = 1, stride: int = 1
+    ) -> None:
+        self._t.buffer_store(buffer, value, [self._at(index, lanes, stride)])
 
     def _at(self, index: Expr, lanes: int, stride: int) -> Expr:
         return index if lanes == 1 else self._tir.Ramp(index, stride, lanes)
@@ -117,6 +119,34 @@ class IR:
 
     def shuffle(self, vector: Expr, indices: list[int]) -> Expr:
         return self._tir.Shuffle([vector], indices)
+
+    def interleave(self, vectors: list[Expr], lanes: int) -> Expr:
+        """a0 b0 .. a1 b1 ..: one vector of all the elements."""
+        order = [v * lanes + i for i in range(lanes) for v in range(len(vectors))]
+        return self._tir.Shuffle(vectors, order)
+
+    def transpose(self, rows: list[Expr]) -> list[Expr]:
+        """Columns of a square of 2^k vectors: k times the perfect shuffle of both halves."""
+        n = len(rows)
+        low = [i // 2 + n * (i % 2) for i in range(n)]
+        high = [i + n // 2 for i in low]
+        for _ in range(n.bit_length() - 1):
+            pairs = zip(rows[: n // 2], rows[n // 2 :], strict=True)
+            rows = [
+                self.let(self._tir.Shuffle([a, b], order))
+                for a, b in pairs
+                for order in (low, high)
+            ]
+        return rows
+
+    def fence(self, value: Expr, lanes: int = 1) -> Expr:
+        """An fp32 product that no later sum may take into a fused multiply-add."""
+        dtype = "float32" if lanes == 1 else f"float32x{lanes}"
+        return self.intrinsic("llvm.arithmetic.fence", dtype, value)
+
+    def ramp(self, lanes: int) -> Expr:
+        """0, 1, 2 .. as int32."""
+        return self._tir.Ramp(0, 1, lanes)
 
     def fill(self, buffer: Buffer, start: Expr, size: int, value: Expr, dtype: str) -> None:
         """buffer[start : start+size] = value (a scalar)."""

@@ -35,12 +35,13 @@ __all__ = [
 class Built:
     """executable: TVM's, ready to export; parameters: in the order main takes them after the
     inputs; lowered: the module before code generation, to look at; calls: the tensor that each
-    kernel call writes, in order."""
+    kernel call writes, in order; peak_memory: bytes of activations in the plan."""
 
     executable: Any
     parameters: dict[str, NDArray[Any]]
     lowered: Any
     calls: tuple[str, ...]
+    peak_memory: int
 
 
 def build(
@@ -63,4 +64,5 @@ def build(
     )
     lowered, parameters = lift_parameters(passes(module))
     calls = tuple(json.loads(str(lowered.attrs["hwmpq.calls"])))
-    return Built(compile_module(lowered, target), parameters, lowered, calls)
+    executable, peak = compile_module(lowered, target)
+    return Built(executable, parameters, lowered, calls, peak)

@@ -7,14 +7,21 @@ from typing import Any
 from hwmpq.targets import Target
 
 
-def compile_module(module: Any, target: Target) -> Any:
-    """A tvm Executable for the target.
+def compile_module(module: Any, target: Target) -> tuple[Any, int]:
+    """A tvm Executable for the target, and the bytes of activations that its plan allocates.
 
     Unannotated operators are legalised, fused and run through a schedule that parallelises the
     outer and vectorises the inner loop: none is shipped on TVM's scalar default.
     """
     import tvm
     from tvm import relax
+
+    planned = []
+
+    @tvm.transform.module_pass(opt_level=0, name="hwmpq.PlannedMemory")  # type: ignore[untyped-decorator,unused-ignore]
+    def note_memory(mod: Any, _context: Any) -> Any:
+        planned.append(_storage_bytes(mod["main"]))
+        return mod
 
     hardware = tvm.target.Target(dict(target.tvm))
 
@@ -28,6 +35,7 @@ def compile_module(module: Any, target: Target) -> Any:
                     relax.transform.RemovePurityChecking(),
                     relax.transform.CallTIRRewrite(),
                     relax.transform.StaticPlanBlockMemory(),
+                    note_memory,
                     relax.transform.LowerAllocTensor(),
                     relax.transform.KillAfterLastUse(),
                     relax.transform.LowerRuntimeBuiltin(),
@@ -37,4 +45,15 @@ def compile_module(module: Any, target: Target) -> Any:
                 ]
             )(mod)
 
-    return relax.build(module, hardware, relax_pipeline=pipeline)
+    return relax.build(module, hardware, relax_pipeline=pipeline), planned[-1]
+
+
+def _storage_bytes(main: Any) -> int:
+    """Sum of the storages that the memory plan allocates in a function."""
+    total = 0
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if getattr(getattr(value, "op", None), "name", "") == "relax.memory.alloc_storage":
+                total += int(value.args[0].values[0])
+    return total

@@ -7,10 +7,10 @@ compiler is the failure of one case.
 from __future__ import annotations
 
 import json
-import math
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Child:
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, __file__], text=True,
+                env={**os.environ, "TVM_NUM_THREADS": "2"},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         assert self.process.stdin and self.process.stdout
@@ -223,9 +224,338 @@ def steps_apart(got: Array, want: Array, encoding: str) -> float:
         return float((np.abs(a - b) / np.maximum(np.abs(b), 1.0)).max() * 2**23)
     if is_integer(encoding):
         return float(np.abs(got.astype(np.int64) - want.astype(np.int64)).max())
-    ordered = [np.where(x < 0x8000, x.astype(np.int64), 0x8000 - x.astype(np.int64)) 
-               for x in (got, want)]
+    ordered = [
+        np.where(x < 0x8000, x.astype(np.int64), 0x8000 - x.astype(np.int64)) for x in (got, want)
+    ]
     return float(np.abs(ordered[0] - ordered[1]).max())
+
+
+# ------------------------------------------------------------------ the grid
+
+WINDOW = {"kernel": [3, 3], "stride": [2, 2], "padding": [1, 1, 1, 1], "ceil": False}
+WIDE = {"kernel": [2, 3], "stride": [1, 2], "padding": [0, 1, 0, 1], "ceil": False}
+SHUFFLE = {
+    "steps": [["reshape", [1, 2, 17, 5, 7]], ["permute", [0, 2, 1, 3, 4]],
+              ["reshape", [1, 34, 5, 7]]]
+}  # fmt: skip
+QKV = {
+    "steps": [["slice", 2, 192, 384, 1], ["reshape", [1, 197, 3, 64]], ["permute", [0, 2, 1, 3]]]
+}
+STRIDED = {"steps": [["slice", 2, 0, 9, 2], ["slice", 3, 0, 7, 2]]}
+TWICE = {
+    "steps": [["permute", [1, 0]], ["reshape", [3, 8]], ["slice", 1, 1, 7, 2],
+              ["reshape", [1, 3, 3]], ["expand", [4, 3, 3]]]
+}  # fmt: skip
+PADS = {"pads": [[0, 0], [0, 3], [1, 2], [2, 1]], "value": 0.0}
+#: Results that must agree bit for bit, in every encoding: no sum has more than two terms.
+EXACT = ("relu", "clamp", "hardswish", "hardsigmoid", "add", "mul", "batch_affine", "max_pool2d",
+         "pad", "concat", "rearrange", "encode")  # fmt: skip
+
+
+def image(channels: int, height: int = 5, width: int = 7) -> tuple[int, ...]:
+    return (1, channels, height, width)
+
+
+def _elementwise() -> Iterator[Case]:
+    """Each function three times: sizes and encodings rotate."""
+    names = ("relu", "gelu", "silu", "hardswish", "sigmoid", "hardsigmoid", "tanh", "clamp")
+    shapes = (image(33), (3, 7), image(65, 3, 3), (1, 17, 31), image(1), image(3))
+    pairs = (("fp32", "fp32"), ("fp32", "u8"), ("u8", "bf16"), ("bf16", "fp16"), ("u8", "u8"))
+    attrs = {"gelu": {"approximate": "none"}, "clamp": {"lo": -1.0, "hi": 1.5}}
+    for i, name in enumerate(names):
+        for j in range(3):
+            shape, pair = shapes[(i + 2 * j) % 6], pairs[(2 * i + j) % 5]
+            yield Case(name, (shape,), pair, attrs.get(name, {}), spread=3.0)
+    yield Case("gelu", ((5, 65),), ("fp32", "fp32"), {"approximate": "tanh"}, spread=3.0)
+    for shape, kind in ((image(65), "u8"), ((7, 3), "u4"), ((7, 9), "bf16")):
+        yield Case("relu", (shape,), (kind, kind), shared=True)
+        yield Case("clamp", (shape,), (kind, kind), attrs["clamp"], shared=True)
+
+
+def _joined() -> Iterator[Case]:
+    """add and mul: equal shapes, per channel, per pixel, of a lower rank, and a constant."""
+    shapes = (
+        (image(33), image(33)),
+        (image(65), image(65, 1, 1)),
+        (image(3), image(3)),
+        (image(17), image(1)),
+        ((2, 5, 31), (31,)),
+        (image(7), (5, 7)),
+    )
+    kinds = (
+        ("u8", "u8", "u8"),
+        ("u8", "bf16", "u8"),
+        ("fp32", "u8", "u8"),
+        ("u8", "u8", "fp32"),
+        ("bf16", "fp16", "bf16"),
+        ("u8", "u4", "u4"),
+        ("fp32", "fp32", "fp32"),
+    )
+    for i, kind in enumerate(kinds):
+        yield Case("add", shapes[i % 6], kind)
+        yield Case("add", shapes[(i + 1) % 6], kind)
+        yield Case("mul", shapes[(i + 3) % 6], kind)
+    yield Case("add", (image(9), image(9)), ("fp32", "u8", "fp32"), layouts="pnn")
+    yield Case("add", ((2, 17, 12),), ("fp32", "fp32"), constants={"b": (1, 17, 12)})
+    yield Case("mul", (image(12),), ("fp32", "u8"), constants={"b": (12, 1, 1)})
+    for shape, kinds_ in ((image(17), ("fp32", "fp32")), ((3, 33), ("u8", "bf16"))):
+        size = {"scale": (shape[1],), "shift": (shape[1],)}
+        yield Case("batch_affine", (shape,), kinds_, constants=size)
+
+
+def _rows() -> Iterator[Case]:
+    kinds = (("fp32", "fp32"), ("fp32", "u8"), ("bf16", "bf16"), ("u8", "fp32"))
+    for i, size in enumerate((1, 3, 7, 17, 31, 33, 65, 197)):
+        shape, parameter = (2, 3, size), {"weight": (size,), "bias": (size,)}
+        yield Case("softmax", (shape,), kinds[i % 4], {"axis": 2})
+        if size > 1:
+            attrs = {"eps": 1e-6}
+            yield Case("layer_norm", (shape,), kinds[(i + 1) % 4], attrs, constants=parameter)
+    yield Case("softmax", ((1, 3, 5, 5),), ("fp32", "u8"), {"axis": 3}, layouts="pp")
+
+
+def _windows() -> Iterator[Case]:
+    kinds = (("u8", "u8"), ("fp32", "fp32"), ("bf16", "bf16"), ("u8", "u8"), ("fp32", "fp32"))
+    for channels, kind in zip((1, 7, 31, 65, 33), kinds, strict=True):
+        shape = (2, channels, 7, 9)
+        yield Case("max_pool2d", (shape,), kind, WINDOW, shared=True)
+        yield Case("avg_pool2d", (shape,), kind, {**WINDOW, "count_include_pad": False})
+        yield Case("mean", (shape,), kind, {"axes": [2, 3], "keepdim": channels > 9})
+    yield Case("max_pool2d", (image(17),), ("s8", "s8"), WIDE, shared=True)
+    yield Case("max_pool2d", (image(17),), ("u8", "fp32"), WIDE)
+    yield Case("avg_pool2d", (image(17),), ("fp32", "u8"), {**WIDE, "count_include_pad": True})
+    for axes, keep in (([1], False), ([2], True), ([0, 2], False), ([0, 1, 2], True)):
+        yield Case("mean", ((2, 50, 17),), ("fp32", "fp32"), {"axes": axes, "keepdim": keep})
+
+
+def _moves() -> Iterator[Case]:
+    for kind in ("u8", "bf16", "fp32"):
+        pair = (kind, kind)
+        yield Case("pad", (image(7),), pair, PADS, shared=True)
+        yield Case("concat", (image(7), image(33)), (*pair, kind), {"axis": 1}, shared=True)
+        yield Case("rearrange", (image(34),), pair, SHUFFLE, shared=True)
+        yield Case("rearrange", (image(34, 9, 9),), pair, STRIDED, shared=True)
+        flat = {"steps": [["reshape", [1, 34 * 63]]]}
+        yield Case("rearrange", (image(34, 7, 9),), pair, flat, shared=True)
+    yield Case("pad", (image(7),), ("fp32", "u8"), PADS)
+    yield Case("concat", ((1, 1, 9), (2, 3, 9)), ("u8",) * 3, {"axis": 1}, shared=True)
+    yield Case("concat", (image(3), image(5)), ("fp32", "u8", "u8"), {"axis": 1})
+    yield Case("rearrange", ((1, 197, 576),), ("fp32", "s8"), QKV, layouts="pp")
+    yield Case("rearrange", ((1, 197, 576),), ("u8", "u8"), QKV, layouts="pp")
+    yield Case("rearrange", ((6, 4),), ("bf16", "fp32"), TWICE)
+    turned = {"steps": [["permute", [0, 2, 1]]]}
+    yield Case("rearrange", ((2, 33, 65),), ("fp32", "u8"), turned)
+    yield Case("rearrange", ((2, 5, 65),), ("u8", "u8"), turned, shared=True)
+    yield Case("rearrange", ((2, 65, 5),), ("u8", "u8"), turned, shared=True)
+    for channels in (1, 2, 3, 4, 7, 17):
+        yield Case("encode", (image(channels, 11, 13),), ("fp32", "u8"), layouts="pn")
+    yield Case("encode", (image(3, 11, 13),), ("u8", "fp32"), layouts="np")
+    yield Case("encode", (image(33),), ("u8", "u8"))
+    yield Case("encode", (image(33),), ("u8", "u4"))
+    yield Case("encode", (image(33),), ("fp16", "bf16"))
+
+
+def _threaded() -> Iterator[Case]:
+    """Large enough for a parallel loop."""
+    big = (1, 65, 17, 17)
+    yield Case("relu", (big,), ("u8", "u8"), shared=True, threads=2)
+    yield Case("encode", (big,), ("fp32", "u8"), layouts="pn", threads=2)
+    yield Case("softmax", ((100, 197),), ("fp32", "fp32"), {"axis": 1}, threads=2)
+    yield Case("max_pool2d", ((1, 65, 33, 33),), ("u8", "u8"), WINDOW, shared=True, threads=2)
+    yield Case("add", ((1, 33, 31, 17),) * 2, ("u8", "fp32", "u8"), threads=2)
+
+
+CASES = [*_elementwise(), *_joined(), *_rows(), *_windows(), *_moves(), *_threaded()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kernel_agrees_with_the_simulator(child: Child, case: Case) -> None:
+    got, want, _ = run(child, case)
+    encoding = case.encodings[-1]
+    allowed = 0.0 if case.op in EXACT else 8.0 if encoding == "fp32" else 1.0
+    assert got.shape == want.shape
+    assert steps_apart(got, want, encoding) <= allowed
+
+
+def test_every_operator_is_in_the_grid() -> None:
+    assert {case.op for case in CASES} == set(glue.operators())
+
+
+def _normal(x: Array) -> Array:
+    from scipy.special import ndtr
+
+    return np.asarray(x * ndtr(x))
+
+
+@pytest.mark.parametrize(
+    ("op", "function", "absolute"),
+    [
+        ("gelu", _normal, 1e-7),
+        ("tanh", np.tanh, 3e-7),
+        ("sigmoid", lambda x: 1 / (1 + np.exp(-x)), 1.5e-7),
+        ("silu", lambda x: x / (1 + np.exp(-x)), 2e-7),
+    ],
+)
+def test_functions_over_their_whole_range(
+    child: Child, op: str, function: Any, absolute: float
+) -> None:
+    """The error is at most `absolute` and two units in the last place of the result."""
+    x = np.concatenate([np.linspace(-88, 88, 1 << 14), np.linspace(-6, 6, 1 << 14)])
+    x = np.append(x, [0.0, 1e4, -1e4]).astype(np.float32)
+    operand = Operand(x.shape, "plain", "fp32")
+    call = GlueCall(op, json.dumps({"approximate": "none"}), (operand,), operand, False)
+    got = child.run(call, [x, *glue.parameters(call, {}, [Quantizer()] * 2), np.zeros_like(x)])
+    with np.errstate(over="ignore"):
+        want = function(x.astype(np.float64))
+    allowed = absolute + 2 * np.spacing(np.abs(want).astype(np.float32))
+    assert (np.abs(got - want) <= allowed).all()
+
+
+def test_softmax_of_masked_rows(child: Child) -> None:
+    x = np.array([[0, -1e9, 5, -np.inf], [1e4, 0, -1e4, 1e4]], np.float32)
+    operand = Operand(x.shape, "plain", "fp32")
+    call = GlueCall("softmax", '{"axis": 1}', (operand,), operand, False)
+    flat = x.reshape(-1)
+    got = child.run(call, [flat, *glue.parameters(call, {}, [Quantizer()] * 2), np.zeros(8, "f4")])
+    e = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+    np.testing.assert_allclose(got.reshape(2, 4), e / e.sum(1, keepdims=True), atol=1e-7)
+
+
+# ------------------------------------------------------------------ without compiling
+
+
+def call_of(attrs: dict[str, Any], x: Operand, out: Operand, shared: bool = True) -> GlueCall:
+    return GlueCall("rearrange", json.dumps(attrs), (x,), out, shared)
+
+
+def test_patches_of_an_image_are_a_view() -> None:
+    steps = {"steps": [["reshape", [1, 192, 196]], ["permute", [0, 2, 1]]]}
+    x, out = Operand((1, 192, 14, 14), "nhwc", "u8"), Operand((1, 196, 192), "plain", "u8")
+    assert glue.is_view(call_of(steps, x, out))
+    assert not glue.is_view(call_of(steps, x, out, shared=False))  # another quantizer
+    assert not glue.is_view(call_of(steps, x, Operand(out.shape, "plain", "fp32")))
+    plain = Operand(x.shape, "plain", "u8")
+    assert not glue.is_view(call_of(steps, plain, out))
+
+
+def test_views_of_floats_and_of_one_pixel() -> None:
+    x, out = Operand((2, 5, 1, 1), "nhwc", "fp32"), Operand((2, 5), "plain", "fp32")
+    assert glue.is_view(call_of({"steps": [["reshape", [2, 5]]]}, x, out, shared=False))
+    assert glue.is_view(GlueCall("encode", "{}", (x,), x, False))
+    half = Operand((1, 5), "plain", "fp32")
+    assert not glue.is_view(call_of({"steps": [["slice", 0, 0, 1, 1]]}, out, half))
+    wide = Operand((4, 2, 5), "plain", "fp32")
+    steps = {"steps": [["reshape", [1, 2, 5]], ["expand", [4, 2, 5]]]}
+    assert not glue.is_view(call_of(steps, out, wide))
+
+
+def moved(x: Array, steps: Sequence[Sequence[Any]]) -> Array:
+    """The steps in numpy."""
+    for name, *args in steps:
+        if name == "slice":
+            axis, *bounds = args
+            x = x[(slice(None),) * axis + (slice(*bounds),)]
+        else:
+            move = {"reshape": np.reshape, "permute": np.transpose, "expand": np.broadcast_to}
+            x = move[name](x, args[0])
+    return x
+
+
+def random_steps(rng: np.random.Generator, shape: Sequence[int]) -> list[list[Any]]:
+    steps: list[list[Any]] = []
+    for _ in range(5):
+        kind = rng.choice(["reshape", "permute", "slice", "expand"])
+        if kind == "permute":
+            step: list[Any] = [kind, [int(a) for a in rng.permutation(len(shape))]]
+        elif kind == "slice":
+            axis = int(rng.integers(len(shape)))
+            start = int(rng.integers(shape[axis]))
+            step = [kind, axis, start, shape[axis], int(rng.integers(1, 3))]
+        elif kind == "expand":
+            step = [kind, [3 if n == 1 else n for n in shape]]
+        else:
+            primes = [p for n in shape for p in _factors(n)]
+            cuts = sorted(rng.integers(0, len(primes) + 1, 2))
+            order = [primes[i] for i in rng.permutation(len(primes))]
+            groups = (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :])
+            step = [kind, [int(np.prod(g, dtype=int)) for g in groups]]
+        steps.append(step)
+        shape = moved(np.empty(shape), [step]).shape
+    return steps
+
+
+def _factors(n: int) -> list[int]:
+    for p in (2, 3, 5, 7):
+        if n % p == 0:
+            return [p, *_factors(n // p)]
+    return [n] if n > 1 else []
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_passes_move_what_numpy_moves(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = [int(n) for n in rng.choice([1, 2, 3, 4, 6, 10], 4)]
+    source = Operand(tuple(shape), "nhwc" if seed % 2 else "plain", "u8")
+    steps = random_steps(rng, shape)
+    x = rng.permutation(source.size)
+    logical = np.transpose(x.reshape(source.physical), np.argsort(source.order))
+    want = moved(logical, steps)
+    out = Operand(want.shape, "plain", "u8")
+    for view in passes(source, steps, out):
+        at = np.full((1,), view.offset)
+        for extent, stride in view.atoms:
+            at = at[..., None] + np.arange(extent) * stride
+        x = x[at.reshape(-1)]
+    assert (x == want.reshape(-1)).all()
+
+
+def test_a_channel_shuffle_needs_one_pass() -> None:
+    x = Operand((1, 34, 5, 7), "nhwc", "u8")
+    assert len(passes(x, SHUFFLE["steps"], x)) == 1
+
+
+def test_parameters_of_an_add() -> None:
+    a, b = Operand((4,), "plain", "u8"), Operand((4,), "plain", "fp32")
+    call = GlueCall("add", "{}", (a, b), a, False)
+    scales = [Quantizer(0.1, 3), Quantizer(9.0, 9), Quantizer(0.7, 5)]
+    first, second, out = glue.parameters(call, {}, scales)
+    ratio = np.float32(np.float64(0.1) / np.float64(np.float32(0.7)))
+    assert first.tolist() == [np.float32(0.1), 3, np.float32(1) / np.float32(0.1), ratio]
+    assert second.tolist() == [1, 0, 1, 1]  # a float has no quantizer
+    assert out[1] == 5
+
+
+def test_refusals() -> None:
+    x = Operand((1, 4, 3, 3), "nhwc", "fp32")
+    with pytest.raises(UnknownName, match="glue operator"):
+        glue.emit(GlueCall("sort", "{}", (x,), x, False))
+    with pytest.raises(InputError, match=r"layout of a softmax: got nhwc; allowed: plain"):
+        glue.emit(GlueCall("softmax", '{"axis": 3}', (x,), x, False))
+    plain = Operand(x.shape, "plain", "fp32")
+    with pytest.raises(InputError, match=r"layout of a max_pool2d: got plain; allowed: nhwc"):
+        glue.emit(GlueCall("max_pool2d", json.dumps(WINDOW), (plain,), plain, False))
+    with pytest.raises(InputError, match=r"layout of a tensor \(3, 4\): got nhwc"):
+        Operand((3, 4), "nhwc", "fp32")
+    with pytest.raises(InputError, match="shape that a rearrange leads to"):
+        glue.is_view(call_of({"steps": []}, x, Operand((36,), "plain", "fp32")))
+    call = GlueCall("mul", "{}", (x,), x, False)
+    with pytest.raises(InputError, match="elements of scale"):
+        glue.parameters(
+            GlueCall("batch_affine", "{}", (x,), x, False), {"scale": np.ones(3)}, [Quantizer()] * 2
+        )
+    assert glue.parameters(call, {"b": np.float32(2)}, [Quantizer()] * 2)[-1].size == x.size
+
+
+def test_keys_tell_calls_apart() -> None:
+    x = Operand((1, 4, 3, 3), "nhwc", "u8")
+    call = GlueCall("relu", "{}", (x,), x, True)
+    others = [
+        GlueCall("relu", "{}", (x,), x, False),
+        GlueCall("relu", "{}", (x,), Operand(x.shape, "plain", "u8"), True),
+        GlueCall("relu", "{}", (x,), x, True, threads=2),
+    ]
+    assert glue.key(call) == glue.key(GlueCall("relu", "{}", (x,), x, True))
+    assert len({glue.key(c) for c in (call, *others)}) == 4
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ class Rule:
     inside: frozenset[str] = frozenset()
 
 
-COMMON = words("types errors graph toolchain")
+COMMON = words("types errors graph toolchain tensors")
 NUMBERS = words("formats storage requantize quantizers resolve")
 FOUNDATION = COMMON | NUMBERS | words("targets devices data executor")
 KERNELS = FOUNDATION | {"kernels"}
 STAGES = words(
     "frontend quantize sensitivity measure predict search lower artifact export report zoo"
 )
-METHODS = KERNELS | STAGES | {"methods"}
+METHODS = KERNELS | STAGES | {"methods", "stages"}
 
 RULES = {
     # lowest first: a part imports only parts above its own line
@@ -58,6 +58,7 @@ RULES = {
     "types": Rule(words("errors")),
     "graph": Rule(words("types errors")),
     "toolchain": Rule(words("types errors")),
+    "tensors": Rule(words("types errors")),
     "storage": Rule(COMMON),
     "formats": Rule(COMMON, inside=words("torch")),
     "requantize": Rule(COMMON | {"storage"}, inside=words("torch")),
@@ -72,13 +73,14 @@ RULES = {
     "frontend": Rule(KERNELS | {"zoo"}, heavy=words("torch tvm"), inside=words("onnx")),
     "quantize": Rule(KERNELS, heavy=words("torch scipy")),
     "sensitivity": Rule(KERNELS | {"quantize"}, heavy=words("torch scipy")),
-    "measure": Rule(KERNELS, heavy=words("tvm tvm_ffi sqlalchemy")),
+    "measure": Rule(KERNELS | {"artifact"}, heavy=words("tvm tvm_ffi sqlalchemy")),
     "predict": Rule(KERNELS | {"measure.store"}, heavy=words("xgboost")),
     "search": Rule(FOUNDATION, heavy=words("scipy ortools"), inside=words("clarabel piqp osqp")),
-    "artifact": Rule(FOUNDATION, heavy=words("tvm tvm_ffi")),
+    "artifact": Rule(FOUNDATION | {"tensors"}, heavy=words("tvm tvm_ffi")),
     "lower": Rule(KERNELS | {"artifact"}, heavy=words("tvm tvm_ffi")),
     "export": Rule(KERNELS, inside=words("torch onnx")),
     "report": Rule(KERNELS, heavy=words("plotly jinja2")),
+    "stages": Rule(KERNELS | STAGES | {"stages"}, inside=words("torch")),
     "methods": Rule(METHODS, heavy=words("torch scipy")),
     "pipeline": Rule(METHODS, inside=words("torch tvm")),
     "cli": Rule(

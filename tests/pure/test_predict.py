@@ -306,6 +306,7 @@ def test_a_saved_predictor_predicts_the_same(predictor: Predictor, tmp_path: Pat
         ("card = 1", "card = 9", "version of the card.*got 9; allowed: 1"),
         ("seed = 3", "sed = 3", "entries of the card"),
         ("card = 1", "card = ", "no readable cost model in"),
+        ('"depth" = 4', '"deep" = 4', "values of the card .*deep"),
         ("probe_s = [", "probe_s = [1.0, ", "Its features or kernels have changed since"),
     ],
 )

@@ -214,7 +214,8 @@ class Emitter:
         self.height, self.width = self.g.padded
         if not self.call.workload.has_weight:
             with self.ir.loop(self.g.n, self.parallel) as image:
-                for vector, count in self._vector_blocks():
+                # one parallel loop only: TVM's threads do not nest
+                for vector, count in self._vector_blocks(parallel=self.parallel and self.g.n == 1):
                     weight = self._operand(image, vector, count)
                     self._pixels(0, image, 0, vector, count, partial(weight, 0))
             return
@@ -227,19 +228,18 @@ class Emitter:
                     for vector, count in self._vector_blocks():
                         self._pixels(group, image, row, vector, count, partial(weight, vector))
             else:
-                for vector, count in self._vector_blocks():
+                for vector, count in self._vector_blocks(self.parallel):
                     weight = self._weights(group, vector, count)
                     with self.ir.loop(self.g.n) as image, self.ir.loop(oh) as row:
                         self._pixels(group, image, row, vector, count, partial(weight, 0))
 
-    def _vector_blocks(self) -> Iterator[tuple[Expr, int]]:
+    def _vector_blocks(self, parallel: bool = False) -> Iterator[tuple[Expr, int]]:
         """Full blocks of whole vectors in a loop, then the rest with the partial vector."""
         whole = self.g.gout // self.micro.lanes
         size = self.schedule.vectors
         full = whole // size
         if full:
-            outer = self.parallel and self.schedule.order == "vectors"
-            with self.ir.loop(full, outer) as block:
+            with self.ir.loop(full, parallel) as block:
                 yield block * size, size
         if self.p.vectors > full * size:
             yield full * size, self.p.vectors - full * size
@@ -319,7 +319,8 @@ class Emitter:
         ow = self.g.out[1]
         size = min(self.schedule.rows, ow)
         full = ow // size
-        flat_parallel = self.parallel and self.schedule.order == "rows" and self.g.out[0] == 1
+        flat = self.g.out[0] == 1 and self.call.workload.has_weight
+        flat_parallel = self.parallel and self.schedule.order == "rows" and flat
         with self.ir.loop(full, flat_parallel) as block:
             self._block(group, image, row, block * size, size, vector, count, weight)
         if ow % size:

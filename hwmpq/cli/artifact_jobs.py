@@ -1,0 +1,171 @@
+"""Using an artifact: run, verify, inspect. numpy and the TVM runtime are enough."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmpq.cli.output import VERSION, Answer
+from hwmpq.errors import InputError, UnsafeFile
+from hwmpq.report import words
+
+Array = NDArray[Any]
+#: Fewest golden samples, in %, with the same best class.
+AGREEMENT = 99.5
+
+
+def run_artifact(artifact: str, source: Path, output: Path) -> Answer:
+    """Run on arrays from a file, write the outputs to a file."""
+    if output.suffix not in (".npy", ".npz"):
+        raise InputError("output file", output, "NAME.npy or NAME.npz")
+    given = _read(source)
+    loaded = _load(artifact)
+    names = [entry["name"] for entry in loaded.manifest["outputs"]]
+    if isinstance(given, dict):
+        results = loaded.named(given)
+    else:
+        found = loaded(given)
+        results = dict(zip(names, found if isinstance(found, list) else [found], strict=True))
+    if output.suffix == ".npy" and len(results) > 1:
+        raise InputError("an .npy file holds one output", ", ".join(results), "NAME.npz")
+    try:
+        if output.suffix == ".npy":
+            np.save(output, results[names[0]], allow_pickle=False)
+        else:
+            np.savez(output, allow_pickle=False, **results)
+    except OSError as error:
+        raise InputError("cannot write the output", f"{output} ({error.strerror})") from None
+    outputs = {k: {"shape": list(v.shape), "dtype": str(v.dtype)} for k, v in results.items()}
+    told = ", ".join(f"{k} {v['dtype']} {v['shape']}" for k, v in outputs.items())
+    return Answer({"version": VERSION, "output": str(output), "outputs": outputs},
+                  f"{output}: {told}")  # fmt: skip
+
+
+def verify_artifact(artifact: str, data: str | None = None, limit: int | None = None) -> Answer:
+    """Replay the golden samples; with data also the accuracy. Exit code 5 if they differ."""
+    from hwmpq.artifact import replay
+
+    loaded = _load(artifact)
+    found = replay(loaded)
+    exact_then = words.part(loaded.manifest, "parity", "exact")
+    passed = found.exact or (found.top1_agreement >= AGREEMENT and exact_then is not True)
+    told: dict[str, Any] = {
+        "version": VERSION, "artifact": str(artifact), "status": "met" if passed else "accuracy",
+        "parity": {
+            "passed": passed, "exact": found.exact, "top1_agreement": found.top1_agreement,
+            "max_abs": found.max_abs, "first_difference": found.first_difference or None,
+            "samples": found.samples,
+        },
+    }  # fmt: skip
+    lines = [
+        f"{found.samples} golden samples: "
+        + ("every bit is equal" if found.exact else f"largest difference {found.max_abs:.3g}")
+    ]
+    if found.first_difference:
+        lines.append(f"first tensor that differs: {found.first_difference}")
+    lines.append("Verified." if passed else "NOT what was built: do not use this artifact.")
+    if data is not None:
+        accuracy = _accuracy(loaded, data, limit)
+        told["accuracy"] = accuracy
+        if accuracy["top1"] is None:
+            lines.append(f"{accuracy['n']} samples ran; no labels, so no accuracy")
+        else:
+            lines.append(f"top-1 accuracy {accuracy['top1']:.2f} % of {accuracy['n']} samples")
+    return Answer(told, "\n".join(lines), 0 if passed else 5)
+
+
+def inspect_artifact(artifact: str) -> Answer:
+    """What the manifest says; nothing native is loaded."""
+    from hwmpq.artifact import read_manifest
+
+    m = read_manifest(Path(artifact))
+    head: dict[str, Any] = {
+        key: m[key] for key in ("target", "threads", "versions", "inputs", "outputs") if key in m
+    }
+    lines = [
+        f"artifact for {m['target']['name']}, {m.get('threads', 1)} thread(s), "
+        + ", ".join(f"{k} {v}" for k, v in m.get("versions", {}).items())
+    ]
+    for kind in ("inputs", "outputs"):
+        lines += [f"{kind[:-1]}: {e['name']} {e['dtype']} {e['shape']}" for e in m[kind]]
+    if measured := words.part(m, "latency_s", "measured"):
+        lines.append(f"measured when built: {words.seconds(measured)}")
+    width = max(map(len, m["assignment"]), default=0)
+    for layer, fmt in m["assignment"].items():
+        kernel = m.get("kernels", {}).get(layer, {})
+        how = f"{kernel.get('kernel', '')}  {kernel.get('execution', '')}"
+        lines.append(f"  {layer:<{width}}  {fmt:<10}  {how}".rstrip())
+    names = ("assignment", "kernels", "latency_s", "accuracy", "nbytes", "files")
+    told = {"version": VERSION, "kind": m["kind"], **head, **{k: m[k] for k in names if k in m}}
+    return Answer(told, "\n".join(lines))
+
+
+def is_artifact(path: str) -> bool:
+    """Whether a command's MODEL|ARTIFACT names a folder."""
+    return not re.match(r"zoo:", path) and Path(path).is_dir()
+
+
+def runtime_only() -> None:
+    """Let TVM load its small runtime library; without effect once TVM is loaded."""
+    if "tvm" not in sys.modules:
+        os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+
+
+def _load(artifact: str) -> Any:
+    runtime_only()
+    from hwmpq.artifact import load, read_manifest
+
+    threads = int(read_manifest(Path(artifact), check=False).get("threads", 1))
+    os.environ.setdefault("TVM_NUM_THREADS", str(threads))
+    try:
+        return load(artifact)
+    except ImportError as error:
+        raise InputError("the TVM runtime cannot be loaded", error, "apache-tvm",
+                         "Run: pip install apache-tvm") from error  # fmt: skip
+
+
+def _read(path: Path) -> Array | dict[str, Array]:
+    """One array (.npy) or arrays by input name (.npz), none of them unpickled."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found
+        return {name: found[name] for name in found.files}
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError("cannot read the input", f"{path} ({error})", ".npy or .npz") from None
+    except ValueError as error:
+        if "pickle" in str(error):
+            raise UnsafeFile("input would have to be unpickled", path, "arrays of numbers",
+                             "Save arrays of numbers with numpy.save.") from None  # fmt: skip
+        raise InputError("cannot read the input", f"{path} ({error})", ".npy or .npz") from None
+
+
+def _accuracy(loaded: Any, spec: str, limit: int | None) -> dict[str, Any]:
+    from hwmpq import data
+
+    entry: Mapping[str, Any] = loaded.manifest["inputs"][0]
+    given = entry.get("normalization")
+    normalization = None
+    if isinstance(given, Mapping) and "mean" in given:
+        normalization = (tuple(given["mean"]), tuple(given["std"]))
+    elif isinstance(given, list | tuple) and len(given) == 2:
+        normalization = (tuple(given[0]), tuple(given[1]))
+    dataset = data.load(spec, normalization, entry["shape"])
+    count = min(len(dataset), limit or len(dataset))
+    right, step = 0, 64 * int(entry["shape"][0])
+    for at in range(0, count, step):
+        part = range(at, min(count, at + step))
+        rows = loaded.run_samples(dataset.batch(part)).reshape(len(part), -1).argmax(1)
+        if dataset.labels is not None:
+            right += int((rows == dataset.labels[at : at + len(part)]).sum())
+    top1 = None if dataset.labels is None else 100.0 * right / count
+    return {"metric": "top1", "data": spec, "n": count, "top1": top1,
+            "built_with": loaded.manifest.get("accuracy")}  # fmt: skip

@@ -1,0 +1,111 @@
+"""The commands for artifacts, and inspect, which takes a model as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hwmpq.cli import options as shared
+from hwmpq.cli.command import command
+from hwmpq.cli.output import Answer
+
+_PANEL = "Artifacts"
+Artifact = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    inspected = tuple(name for name in shared.MODEL if name != "model")
+    command(app, *inspected, "target", "threads", "formats", panel="Look first")(inspect)
+    for body in (run, bench, verify):
+        command(app, panel=_PANEL)(body)
+
+
+def inspect(
+    what: Annotated[
+        str, typer.Argument(metavar="MODEL|ARTIFACT", help="As for quantize, or a folder.")
+    ],
+    **given: Any,
+) -> Answer:
+    """Layers, sizes, MACs and the formats each may take, with the reasons against the others.
+
+    Operators that cannot be taken are listed all at once. For an artifact: what it was built from.
+
+    Example: hwmpq inspect zoo:resnet18 --target x86-avx2
+    """
+    from hwmpq.cli import artifact_jobs
+
+    if artifact_jobs.is_artifact(what):
+        return artifact_jobs.inspect_artifact(what)
+    from hwmpq.cli import tables
+    from hwmpq.pipeline import inspect_model
+
+    found = inspect_model(shared.options(model=what, **given))
+    return Answer(found, lambda console: tables.inspected(console, found))
+
+
+def run(
+    artifact: Artifact,
+    source: Annotated[
+        Path,
+        typer.Option(
+            "--input", metavar="x.npy|x.npz", help="One array, or arrays by the inputs' names."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="y.npy|y.npz", help="Where the outputs go.")
+    ],
+) -> Answer:
+    """Run an artifact on arrays from a file; needs no torch.
+
+    Inputs are those of the torch module: same order, shape and dtype, already normalized. Loading
+    an artifact runs its author's native code: use only those you trust.
+
+    Example: hwmpq run hwmpq-out/artifact --input x.npy --output y.npy
+    """
+    from hwmpq.cli import artifact_jobs
+
+    return artifact_jobs.run_artifact(artifact, source, output)
+
+
+def bench(
+    artifact: Artifact,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Samples to take.")] = 24,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Those it was built for by default.")
+    ] = None,
+    against: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--against", metavar="torch MODEL", help="Also time this; only torch so far."),
+    ] = None,
+    seed: int = 0,
+) -> Answer:
+    """Time whole runs of an artifact: median with a 95 % interval; needs no torch.
+
+    Example: hwmpq bench hwmpq-out/artifact --against torch zoo:digits_cnn
+    """
+    from hwmpq.cli import artifact_bench
+
+    return artifact_bench.bench_artifact(artifact, rounds, threads, seed, against)
+
+
+def verify(
+    artifact: Artifact,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DATA", help="Also the accuracy on this.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--eval", metavar="N", min=1, help="Samples of --data; all.")
+    ] = None,
+) -> Answer:
+    """Replay the golden samples: does it still compute what was built? Needs no torch.
+
+    Exit code 5 when it does not; then the first tensor that differs is named.
+
+    Example: hwmpq verify hwmpq-out/artifact --data digits
+    """
+    from hwmpq.cli import artifact_jobs
+
+    return artifact_jobs.verify_artifact(artifact, data, limit)

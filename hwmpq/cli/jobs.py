@@ -1,0 +1,174 @@
+"""The commands that work on a model: quantize, frontier, sensitivity, profile, search, compile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hwmpq.cli import options as shared
+from hwmpq.cli.command import command
+from hwmpq.cli.output import Answer
+from hwmpq.cli.progress import reporter
+from hwmpq.errors import InputError
+
+_PANEL = "The main job and its parts"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    command(app, *shared.JOB, "out", "dry_run", panel=_PANEL)(quantize)
+    command(app, *shared.JOB, panel=_PANEL)(frontier)
+    names = tuple(name for name in shared.JOB if name != "sensitivity")
+    command(app, *(n for n in names if n not in shared.GOAL), panel=_PANEL)(sensitivity)
+    profiled = (*shared.MODEL, *shared.TARGET, "formats", "pins", *shared.WORK)
+    command(app, *profiled, panel=_PANEL)(profile)
+    command(app, *shared.JOB, panel=_PANEL)(search)
+    compiled = (*shared.MODEL, *shared.TARGET, *shared.DATA, "store", "out")
+    command(app, *compiled, name="compile", panel=_PANEL)(compile_)
+
+
+def quantize(**given: Any) -> Answer:
+    """The main job: choose a format for every layer, compile, time it on the device, verify.
+
+    Measures what is not in the store yet, solves with a proof, builds the artifact and accepts it
+    on its own measured time. Starting it again resumes. DIR gets artifact/, result.json and
+    report.html.
+
+    Example: hwmpq quantize zoo:digits_cnn --data digits --latency 0.7x --max-drop 0.5
+    """
+    from hwmpq.cli import tables
+    from hwmpq.pipeline import quantize_model
+
+    result = quantize_model(shared.options(**given), reporter())
+    return Answer(result.json, lambda console: tables.quantized(console, result), result.exit_code)
+
+
+def frontier(**given: Any) -> Answer:
+    """The whole curve: the least loss for every latency, with sizes.
+
+    Nothing is compiled; the plans come from measured and predicted times.
+
+    Example: hwmpq frontier zoo:digits_cnn --calib-data digits#train --json > curve.json
+    """
+    from hwmpq.cli import tables
+    from hwmpq.pipeline import frontier_model
+
+    found = frontier_model(shared.options(**given), reporter())
+    return Answer(found, lambda console: tables.frontier(console, found))
+
+
+def sensitivity(
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            "--sensitivity", metavar="NAME", help="Estimator; the method's own by default."
+        ),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="FILE", help="Also write the JSON here.")
+    ] = None,
+    **given: Any,
+) -> Answer:
+    """How much the loss grows when one layer alone uses a format; kept in the store.
+
+    Example: hwmpq sensitivity zoo:digits_cnn --calib-data digits#train --sensitivity output-error
+    """
+    from hwmpq.cli import tables
+    from hwmpq.pipeline import sensitivity_model
+
+    job = shared.options(**given, sensitivity=estimator)
+    found = sensitivity_model(job, reporter(), estimator)
+    if save:
+        _write(save, found)
+    return Answer(found, lambda console: tables.grid(console, found, "loss"))
+
+
+def profile(**given: Any) -> Answer:
+    """Measure every layer in every format on the device; each time is saved at once.
+
+    Example: hwmpq profile zoo:digits_cnn --target native --formats fp32,w8a8 --max-time 10m
+    """
+    from hwmpq.cli import tables
+    from hwmpq.pipeline import profile_model
+
+    found = profile_model(shared.options(**given), reporter())
+    return Answer(found, lambda console: tables.grid(console, found, "latency_s"))
+
+
+def search(
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also show every layer's options, and why not others.")
+    ] = False,
+    **given: Any,
+) -> Answer:
+    """Solve again from what the store knows: another budget costs no new measurement.
+
+    Example: hwmpq search zoo:digits_cnn --calib-data digits#train --latency 0.6x --explain
+    """
+    from hwmpq.cli import tables
+    from hwmpq.pipeline import search_model
+
+    found = search_model(shared.options(**given), reporter())
+    exit_code = 3 if found.get("status") == "infeasible" else 0
+    return Answer(found, lambda console: tables.searched(console, found, explain), exit_code)
+
+
+def compile_(
+    assignment: Annotated[
+        Path,
+        typer.Option(
+            "--assignment",
+            metavar="F",
+            help="JSON {layer: format}, or a result.json or manifest.json that holds one.",
+        ),
+    ],
+    quantizers: Annotated[
+        Path | None,
+        typer.Option(
+            "--quantizers",
+            metavar="Q",
+            help="quantizers.safetensors of an earlier artifact, instead of --calib-data.",
+        ),
+    ] = None,
+    **given: Any,
+) -> Answer:
+    """Build an artifact from an assignment that you wrote or changed.
+
+    Example: hwmpq compile zoo:digits_cnn --assignment my.json --calib-data digits#train --out built
+    """
+    from hwmpq.cli import tables
+    from hwmpq.pipeline import compile_model
+
+    chosen = read_assignment(assignment)
+    path = None if quantizers is None else str(quantizers)
+    found = compile_model(shared.options(**given), chosen, path, reporter())
+    return Answer(found, lambda console: tables.pairs(console, found))  # fmt: skip
+
+
+def read_assignment(path: Path) -> dict[str, str]:
+    """The layer -> format table of a file. Raises InputError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError("cannot read the assignment", f"{path} ({error})") from None
+    if isinstance(data, dict) and isinstance(data.get("assignment"), dict):
+        data = data["assignment"]
+    if (
+        not isinstance(data, dict)
+        or not data
+        or not all(isinstance(value, str) for value in data.values())
+    ):
+        raise InputError(f"assignment {path}", type(data).__name__, "JSON {layer: format}")
+    return data
+
+
+def _write(path: Path, value: Any) -> None:
+    from hwmpq.cli.output import plain
+
+    try:
+        path.write_text(json.dumps(plain(value), allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError("cannot write", f"{path} ({error.strerror})") from None

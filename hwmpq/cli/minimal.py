@@ -1,0 +1,72 @@
+"""The commands for artifacts where typer and rich are not installed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hwmpq.cli import artifact_bench, artifact_jobs
+from hwmpq.cli.output import Answer, failure, perform
+
+_NEEDED = "Install hwmpq with its dependencies (pip install hwmpq) for the other commands."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends a wrong command line as the other front does. as_json: whether --json was given."""
+
+    as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        told = {"code": "error", "what": message, "got": None, "allowed": None, "next": _NEEDED}
+        answer = failure(told, 2, f"{message}. {_NEEDED}")
+        sys.exit(perform(lambda: answer, _Parser.as_json))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; returns the exit code."""
+    _Parser.as_json = "--json" in arguments
+    try:
+        given = _parser().parse_args(list(arguments))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 2
+    body: Callable[[argparse.Namespace], Answer] = given.body
+    return perform(lambda: body(given), given.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hwmpq", description=f"Use an artifact with numpy and apache-tvm. {_NEEDED}"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, body: Callable[[argparse.Namespace], Answer]) -> _Parser:
+        found: _Parser = commands.add_parser(name, help=text, description=text)
+        found.add_argument("artifact", metavar="ARTIFACT")
+        found.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        found.add_argument("--seed", type=int, default=0)
+        found.set_defaults(body=body)
+        return found
+
+    ran = add(
+        "run", "Run on arrays from a file.",
+        lambda g: artifact_jobs.run_artifact(g.artifact, g.input, g.output),
+    )  # fmt: skip
+    ran.add_argument("--input", type=Path, required=True, metavar="x.npy|x.npz")
+    ran.add_argument("--output", type=Path, required=True, metavar="y.npy|y.npz")
+    timed = add(
+        "bench", "Time whole runs.",
+        lambda g: artifact_bench.bench_artifact(g.artifact, g.rounds, g.threads, g.seed),
+    )  # fmt: skip
+    timed.add_argument("--rounds", type=int, default=24)
+    timed.add_argument("--threads", type=int)
+    checked = add(
+        "verify", "Replay the golden samples.",
+        lambda g: artifact_jobs.verify_artifact(g.artifact, g.data, g.eval),
+    )  # fmt: skip
+    checked.add_argument("--data", metavar="DATA")
+    checked.add_argument("--eval", type=int, metavar="N")
+    add("inspect", "What an artifact is.", lambda g: artifact_jobs.inspect_artifact(g.artifact))
+    return parser

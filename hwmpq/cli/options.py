@@ -1,0 +1,189 @@
+"""The options that several commands share, each once, and how they become pipeline.Options."""
+
+from __future__ import annotations
+
+import re
+from inspect import Parameter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hwmpq.errors import InputError
+
+if TYPE_CHECKING:
+    from hwmpq.pipeline import Options
+
+_MODEL, _TARGET, _DATA = "Model and weights", "Where it runs", "Data"
+_GOAL, _SEARCH, _WORK = "What is wanted", "How it is searched", "Work and files"
+REQUIRED = Parameter.empty
+
+
+def _option(kind: Any, flag: str, panel: str, text: str, metavar: str | None = None) -> Any:
+    return Annotated[kind, typer.Option(flag, help=text, rich_help_panel=panel, metavar=metavar)]
+
+
+#: name in pipeline.Options -> annotation, default
+TABLE: dict[str, tuple[Any, Any]] = {
+    "model": (
+        Annotated[
+            str,
+            typer.Argument(
+                help="zoo:NAME, package.module:callable (runs its code), or file.pt2",
+                metavar="MODEL",
+            ),
+        ],
+        REQUIRED,
+    ),
+    "weights": (
+        _option(str | None, "--weights", _MODEL, "safetensors, or a plain state dict.", "FILE"),
+        None,
+    ),
+    "input_shape": (
+        _option(str | None, "--input-shape", _MODEL, "Where it cannot be known.", "1,3,224,224"),
+        None,
+    ),
+    "target": (_option(str, "--target", _TARGET, "See `hwmpq targets`.", "NAME"), "native"),
+    "device": (_option(str, "--device", _TARGET, "See `hwmpq devices`.", "NAME"), "local"),
+    "threads": (_option(int, "--threads", _TARGET, "Threads of the compiled model.", "N"), 1),
+    "data": (
+        _option(
+            str | None, "--data", _DATA,
+            "For the reported accuracy only: digits, npz:FILE, npz:FILE#PART, imagefolder:DIR, "
+            "package.module:callable.", "DATA",
+        ),
+        None,
+    ),
+    "calib_data": (
+        _option(
+            str | None, "--calib-data", _DATA,
+            "For calibration, sensitivities and every choice. With one of the two given, it is "
+            "split into disjoint parts.", "DATA",
+        ),
+        None,
+    ),
+    "calib": (_option(int, "--calib", _DATA, "Calibration samples.", "N"), 256),
+    "eval": (_option(int | None, "--eval", _DATA, "Samples of --data to use; all.", "N"), None),
+    "metric": (
+        _option(
+            str | None, "--metric", _DATA,
+            "top1, agreement, sqnr or package.module:callable; top1 where there are labels.", "NAME",
+        ),
+        None,
+    ),
+    "latency": (
+        _option(
+            str | None, "--latency", _GOAL,
+            "2.5ms or 800us (medians), p95:2.5ms, 0.5x (of the fp32 artifact), 0.9x:w8a8, fastest.",
+            "BUDGET",
+        ),
+        None,
+    ),
+    "max_size": (
+        _option(str | None, "--max-size", _GOAL, "4MB, or 0.25x of the fp32 parameters.", "SIZE"),
+        None,
+    ),
+    "max_drop": (
+        _option(
+            float | None, "--max-drop", _GOAL, "Largest loss of accuracy, in points.", "POINTS"
+        ),
+        None,
+    ),
+    "formats": (
+        _option(
+            str | None, "--formats", _SEARCH,
+            "Formats to choose from, such as w8a8,w4a8,bf16; all that a kernel runs.", "A,B,..",
+        ),
+        None,
+    ),
+    "pins": (
+        _option(
+            list[str] | None, "--pin", _SEARCH,
+            "Layers that may only take these formats; may be repeated.", "'GLOB=FORMAT|FORMAT,..'",
+        ),
+        None,
+    ),
+    "ties": (
+        _option(
+            list[str] | None, "--tie", _SEARCH, "Layers that must agree; may be repeated.", "GLOB"
+        ),
+        None,
+    ),
+    "method": (_option(str, "--method", _SEARCH, "auto or hawq.", "NAME"), "auto"),
+    "search": (
+        _option(str, "--search", _SEARCH, "ilp, greedy, random, exhaustive.", "NAME"), "ilp"
+    ),
+    "sensitivity": (
+        _option(
+            str | None, "--sensitivity", _SEARCH,
+            "Estimator of the loss per layer and format; the method's own.", "NAME",
+        ),
+        None,
+    ),
+    "store": (
+        _option(
+            str | None, "--store", _WORK, "File or URL; HWMPQ_STORE, else the user's own.", "URL"
+        ),
+        None,
+    ),
+    "out": (_option(str, "--out", _WORK, "Folder for the results.", "DIR"), "hwmpq-out"),
+    "fresh": (
+        _option(bool, "--fresh", _WORK, "Read nothing from the store; nothing is deleted."), False
+    ),
+    "max_time": (
+        _option(str | None, "--max-time", _WORK, "Stop measuring after 90s, 10m or 2h.", "TIME"),
+        None,
+    ),
+    "dry_run": (_option(bool, "--dry-run", _WORK, "Plan only: compile and write nothing."), False),
+}  # fmt: skip
+
+MODEL = ("model", "weights", "input_shape")
+TARGET = ("target", "device", "threads")
+DATA = ("data", "calib_data", "calib", "eval", "metric")
+GOAL = ("latency", "max_size", "max_drop")
+CHOICE = ("formats", "pins", "ties", "method", "search", "sensitivity")
+WORK = ("store", "fresh", "max_time")
+#: The whole job: everything but --out and --dry-run.
+JOB = (*MODEL, *TARGET, *DATA, *GOAL, *CHOICE, *WORK)
+
+
+def options(**given: Any) -> Options:
+    """pipeline.Options from what the command line gave. Raises InputError."""
+    from hwmpq.pipeline import Options
+
+    if "input_shape" in given:
+        given["input_shape"] = shape(given["input_shape"])
+    if "formats" in given:
+        given["formats"] = tuple(words(given["formats"]))
+    if "pins" in given:
+        given["pins"] = tuple(item for text in given["pins"] or () for item in words(text))
+    if "ties" in given:
+        given["ties"] = tuple(given["ties"] or ())
+    if "max_time" in given:
+        given["max_time"] = duration(given["max_time"])
+    return Options(**{name: value for name, value in given.items() if value is not None})
+
+
+def words(text: str | None) -> list[str]:
+    """The parts between commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def shape(text: str | None) -> tuple[int, ...] | None:
+    """'1,3,224,224' (or with x) -> sizes. Raises InputError."""
+    if text is None:
+        return None
+    parts = re.split(r"[,x]", text.strip())
+    if not all(re.fullmatch(r"[1-9]\d*", part.strip()) for part in parts):
+        raise InputError("--input-shape", repr(text), "positive sizes such as 1,3,224,224")
+    return tuple(int(part) for part in parts)
+
+
+def duration(text: str | None) -> float | None:
+    """'90', '90s', '10m', '2h' -> seconds. Raises InputError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?", text.strip())
+    seconds = float(match[1]) * {"m": 60, "min": 60, "h": 3600}.get(match[2], 1) if match else 0.0
+    if not seconds > 0:
+        raise InputError("a time", repr(text), "such as 90s, 10m or 2h")
+    return seconds

@@ -1,0 +1,202 @@
+"""Results as tables on a terminal (rich). Seconds and bytes become ms and MB here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hwmpq.report import words
+
+_COLOURS = {"met": "bold green", "infeasible": "bold red", "error": "bold red"}
+#: Columns that hold words; all others hold numbers and are aligned to the right.
+_WORDS = frozenset(
+    "layer format kernel execution op shape model target source origin fingerprint features "
+    "device cores formats status".split()
+)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
+    """A plain table; cells are shown as they are, never read as markup."""
+    found = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for head in heads:
+        right = head.split(" ")[0] not in _WORDS and head not in ("what it is", "runs here")
+        found.add_column(head, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        found.add_row(*(Text(str(cell)) for cell in row))
+    return found
+
+
+def quantized(console: Console, result: Any) -> None:
+    """The whole result of quantize: layers, totals, baselines, verdict."""
+    told = result.json
+    if result.rows:
+        heads = ["layer", "format", "kernel", "execution", "loss", "predicted", "measured"]
+        rows = [
+            [
+                r.name, r.format, r.kernel, r.execution, words.loss(r.loss),
+                words.seconds(r.predicted_s), words.seconds(r.measured_s),
+            ]
+            for r in result.rows
+        ]  # fmt: skip
+        rows.append(["", "", "", "", *_sums(result.rows)])
+        console.print(table(heads, rows))
+    totals(console, told)
+    baselines(console, told)
+    console.print()
+    console.print(Text(words.verdict(told), style=_COLOURS.get(told.get("status"), "bold yellow")))
+    for name in ("artifact", "report"):
+        if told.get(name):
+            console.print(Text(f"{name}: {told[name]}"))
+
+
+def totals(console: Console, told: Mapping[str, Any]) -> None:
+    """The plan as a whole, against its budget."""
+    times = told.get("latency_s") or {}
+    accuracy, sizes = told.get("accuracy") or {}, told.get("nbytes") or {}
+    measured = words.seconds(times.get("measured"))
+    if words.interval(times.get("measured_interval")) != words.NONE:
+        measured += f" ({words.interval(times['measured_interval'])})"
+    predicted = words.seconds(times.get("predicted"))
+    if words.interval(times.get("predicted_interval")) != words.NONE:
+        predicted += f" ({words.interval(times['predicted_interval'])})"
+    drop = f"{words.points(accuracy.get('drop'))} points on {accuracy.get('n')} samples"
+    rows = [
+        ["budget", words.seconds(times.get("budget"))],
+        ["whole model, predicted", predicted],
+        ["whole model, measured", measured],
+        ["accuracy float", words.percent(accuracy.get("float"))],
+        ["accuracy deployed", words.percent(accuracy.get("deployed"))],
+        ["accuracy drop", drop if accuracy.get("drop") is not None else words.NONE],
+        ["weights", words.nbytes(sizes.get("weights"))],
+        ["artifact", words.nbytes(sizes.get("artifact"))],
+        ["optimality gap", words.loss(told.get("gap"))],
+    ]
+    console.print()
+    for name, value in rows:
+        if value != words.NONE:
+            console.print(Text(f"{name:<24}{value}"))
+
+
+def baselines(console: Console, told: Mapping[str, Any]) -> None:
+    """Uniform models on the same machine, in the same run."""
+    found = told.get("baselines") or {}
+    if not found:
+        return
+    measured = words.part(told, "latency_s", "measured")
+    rows = []
+    for name, base in found.items():
+        seconds = base.get("latency_s")
+        ratio = seconds / measured if seconds and measured else None
+        rows.append(
+            [
+                name, words.seconds(seconds), words.times(ratio),
+                words.percent(base.get("accuracy")), words.nbytes(base.get("nbytes")),
+                words.times(base.get("vs_torch_eager")),
+            ]
+        )  # fmt: skip
+    heads = ["format", "latency", "of ours", "accuracy", "weights", "vs torch eager"]
+    console.print()
+    console.print(table(heads, rows, "Every layer alike, same machine, same run"))
+
+
+def frontier(console: Console, found: Mapping[str, Any]) -> None:
+    """One line per plan."""
+    plans = found.get("frontier") or found.get("plans") or []
+    rows = []
+    for plan in plans:
+        counts: dict[str, int] = {}
+        for fmt in (plan.get("assignment") or {}).values():
+            counts[fmt] = counts.get(fmt, 0) + 1
+        mix = " ".join(f"{n}×{fmt}" for fmt, n in counts.items())
+        rows.append(
+            [
+                words.seconds(plan.get("latency_s")), words.loss(plan.get("loss")),
+                words.percent(plan.get("accuracy")), words.nbytes(plan.get("nbytes")), mix,
+            ]
+        )  # fmt: skip
+    console.print(table(["latency", "loss", "accuracy", "weights", "formats"], rows))
+
+
+def grid(console: Console, found: Mapping[str, Any], key: str) -> None:
+    """A value per layer and format: [[...]] in the order of layers and formats, or nested."""
+    show = words.seconds if key == "latency_s" else words.loss
+    cells, names = found.get(key), list(found.get("formats") or [])
+    layers = [x if isinstance(x, str) else x.get("name", "") for x in found.get("layers") or []]
+    if isinstance(cells, Mapping):
+        names = names or list(dict.fromkeys(f for row in cells.values() for f in row))
+        rows = [[layer, *(show(row.get(f)) for f in names)] for layer, row in cells.items()]
+    else:
+        rows = [[layer, *map(show, row)] for layer, row in zip(layers, cells or [], strict=False)]
+    if rows:
+        console.print(table(["layer", *names], rows))
+    rest = {k: v for k, v in found.items() if k not in (key, "layers", "formats", "version")}
+    pairs(console, rest)
+
+
+def inspected(console: Console, found: Mapping[str, Any]) -> None:
+    """Layers with sizes and legal formats, then the reasons against the others."""
+    rows: list[list[str]] = []
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for layer in found.get("layers") or []:
+        legal = layer.get("formats") or layer.get("legal") or []
+        rows.append(
+            [
+                layer.get("name", ""), layer.get("op", ""), str(layer.get("shape", "")),
+                f"{(layer.get('macs') or 0) / 1e6:.3f}", words.nbytes(layer.get("nbytes")),
+                " ".join(legal),
+            ]
+        )  # fmt: skip
+        for fmt, reason in (layer.get("why_not") or {}).items():
+            reasons.setdefault((fmt, reason), []).append(layer.get("name", ""))
+    console.print(table(["layer", "op", "shape", "MMAC", "fp32", "formats"], rows))
+    for (fmt, reason), names in reasons.items():
+        count = f"{len(names)} layers" if len(names) > 3 else ", ".join(names)
+        console.print(Text(f"no {fmt} for {count}: {reason}"))
+    pairs(console, {k: v for k, v in found.items() if k not in ("layers", "version")})
+
+
+def searched(console: Console, found: Mapping[str, Any], explain: bool) -> None:
+    """A solution; with explain what else every layer could have taken."""
+    pairs(console, found)
+    for row in (found.get("rows") or []) if explain else []:
+        console.print(Text(f"{row['name']}: {row['format']}", style="bold"))
+        for fmt, seconds in (row.get("options") or {}).items():
+            console.print(Text(f"    {fmt:<10} {words.seconds(seconds)}"))
+        for fmt, reason in (row.get("why_not") or {}).items():
+            console.print(Text(f"    {fmt:<10} not possible: {reason}"))
+
+
+def pairs(console: Console, found: Mapping[str, Any], prefix: str = "") -> None:
+    """Every plain value with its name; tables of layers one line each."""
+    for key, value in found.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            pairs(console, value, f"{name}.")
+        elif isinstance(value, str | int | float) and key != "version":
+            console.print(Text(f"{name}: {_unit(name, value)}"))
+
+
+def _unit(name: str, value: Any) -> str:
+    if isinstance(value, float) and ("latency" in name or "seconds" in name):
+        return words.seconds(value)
+    if "nbytes" in name and not isinstance(value, str):
+        return words.nbytes(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _sums(rows: Sequence[Any]) -> list[str]:
+    """Totals of loss, predicted and measured over the rows; a dash where one is missing."""
+
+    def total(name: str) -> Any:
+        values = [getattr(row, name) for row in rows]
+        return None if any(value is None for value in values) else sum(values)
+
+    return [
+        f"Σ {words.loss(total('loss'))}",
+        f"Σ {words.seconds(total('predicted_s'))}",
+        f"Σ {words.seconds(total('measured_s'))}",
+    ]

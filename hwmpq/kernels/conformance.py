@@ -1,0 +1,227 @@
+"""Does a kernel compute what `reference` says? Cases over shapes, formats and epilogues.
+
+Factors, per operator: the kernel with its format, the sizes of the workload, the encodings of the
+result and of the residual, bias and activation, threads, schedule, values. `grid` covers, for every
+kernel and every format it takes, all pairs of the other factors; `subset`, for the test suite, all
+pairs of all factors with one format to a kernel. Both are deterministic.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmpq import targets
+from hwmpq.formats import format_named, known_formats
+from hwmpq.kernels import Kernel, candidates, kernel_named
+from hwmpq.kernels.build import assembly, in_call_order, library
+from hwmpq.kernels.codes import memory_dtype
+from hwmpq.kernels.cover import pairwise
+from hwmpq.kernels.emulate import emit_emulated
+from hwmpq.kernels.nests import Call, Schedule
+from hwmpq.kernels.sample import VALUES, draw, read
+from hwmpq.targets import Target
+from hwmpq.types import LAYER_OPS, Workload, reject_unknown
+
+#: Formats of the subset: float inputs, all integer weights, narrow sums of one and of many dots.
+KINDS = ("fp32", "bf16", "w4.fp16", "w8a8", "w8a7", "w4a8", "w2a8")
+EMULATED = "emulated intrinsic"
+
+_CHANNELS = (1, 3, 7, 17, 31, 33, 65)
+#: (top, left, bottom, right): 'same' is half the window, (0, 0, 1, 1) TensorFlow's at stride 2.
+_PADDINGS = ("same", (0, 0, 0, 0), (0, 0, 1, 1), (2, 0, 1, 3))
+_IMAGE: dict[str, Sequence[Any]] = {
+    "batch": (1, 2),
+    "kernel": ((3, 3), (1, 1), (2, 5)),
+    "stride": ((1, 1), (2, 2), (1, 2)),
+    "dilation": ((1, 1), (2, 2), (1, 3)),
+    "padding": _PADDINGS,
+    "spare": ((4, 5), (0, 0), (1, 17)),  # rows and columns beyond the window
+}
+_SIZES: dict[str, dict[str, Sequence[Any]]] = {
+    "conv2d": {"cin": _CHANNELS, "cout": _CHANNELS, "groups": (1, 1, 3), **_IMAGE},
+    "depthwise": {"channels": _CHANNELS[1:], **_IMAGE},
+    "linear": {"m": (1, 3, 17), "k": (1, 7, 64, 129), "n": (1, 10, 31, 65, 1000)},
+    "matmul": {
+        "batch": (1, 3), "m": (1, 5, 17), "k": (1, 16, 33), "n": (1, 17, 32, 65),
+        "trans_b": (0, 1),
+    },
+}  # fmt: skip
+_REST: dict[str, Sequence[Any]] = {
+    "out": ("u8", "fp32", "bf16", "fp16", "u4", "s8"),
+    "residual": ("", "u8", "fp32", "bf16"),
+    "epilogue": ("", "bias", "bias+relu", "bias+clamp"),
+    "threads": (1, 2),
+    "schedule": ("best", "last", "turned"),
+    "values": VALUES,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one call. schedule: the best by estimate, the last one, or the best with its
+    loops in the other order."""
+
+    kernel: str
+    call: Call
+    schedule: str = "best"
+    values: str = "random"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        c = self.call
+        dims = " ".join(f"{name}{size}" for name, size in c.workload.dims)
+        way = f"{c.format.name}: {c.x}{' + ' + c.residual if c.residual else ''} -> {c.out}"
+        return (
+            f"{self.kernel} {way}, {dims} {c.workload.epilogue or 'plain'}, {self.schedule} "
+            f"schedule, {c.threads} threads, {self.values} values, seed {self.seed}"
+        )
+
+
+def subset(features: frozenset[str], formats: Iterable[str] = KINDS) -> list[Case]:
+    """Every pair of levels of two factors, for all operators; each kernel in the first of the
+    formats that it takes."""
+    found: list[Case] = []
+    for op in LAYER_OPS:
+        first: dict[str, str] = {}
+        for kernel, fmt in _ways(op, features, formats):
+            first.setdefault(kernel, fmt)
+        ways = list(first.items())
+        if ways:
+            rows = pairwise({"way": ways, **_SIZES[op], **_REST})
+            found += [_case(op, row.pop("way"), row, i) for i, row in enumerate(rows)]
+    return found
+
+
+def grid(features: frozenset[str]) -> Iterator[Case]:
+    """For every kernel × format × operator: every pair of levels of two other factors."""
+    for op in LAYER_OPS:
+        rows = pairwise({**_SIZES[op], **_REST})
+        for way in _ways(op, features, known_formats()):
+            for i, row in enumerate(rows):
+                yield _case(op, way, row, i)
+
+
+def check(case: Case, target: Target) -> str | None:
+    """Compile and run one case in this process; None, or what differs.
+
+    Integers must be exact, floats within the rounding of their sums. A kernel whose instructions
+    this CPU lacks runs with them emulated (`how`), compiled for this CPU.
+    """
+    import tvm
+
+    call = case.call
+    kernel = kernel_named(case.kernel, call.workload, call.format, target.features)
+    schedule = _schedule(case, kernel)
+    if how(kernel) == EMULATED:
+        function = emit_emulated(kernel.nest, call, kernel.micro, kernel.decoder, schedule)
+    else:
+        function = kernel.emit(call, schedule)
+    here = targets.native() if targets.satisfied_by_host(target) else target
+    module = library(function, here).jit()
+    sample = draw(call, case.seed, case.values)
+    shape = sample.answer.right.shape
+    out = _Guarded(int(np.prod(shape)), memory_dtype(call.out))
+    inputs = in_call_order(kernel, call, sample)
+    module["main"](*(tvm.runtime.tensor(a) for a in inputs), out.tensor())
+    wrong = sample.answer.wrong(read(call.out, out.values.reshape(shape)))
+    return out.wrong() or wrong
+
+
+def how(kernel: Kernel) -> str:
+    """'' when this CPU has the kernel's instructions, else EMULATED."""
+    return "" if kernel.requires <= targets.host_features() else EMULATED
+
+
+def mnemonics(request: Mapping[str, Any]) -> dict[str, Any]:
+    """{"workload", "format", "kernel", "target"} -> {"counts": {mnemonic: how often}}.
+
+    Compiled for the target itself, nothing runs: for kernels of CPUs that are not here. Meant for
+    a worker: LLVM ends the process at an instruction that the target cannot encode.
+    """
+    reject_unknown("request", request, {"workload", "format", "kernel", "target"})
+    target = targets.load(request["target"])
+    workload, fmt = Workload.from_json(request["workload"]), format_named(request["format"])
+    kernel = kernel_named(request["kernel"], workload, fmt, target.features)
+    call = _call(workload, fmt.name, "u8" if fmt.is_integer else "fp32", "", 1)
+    text = assembly(library(kernel.emit(call), target))
+    return {"counts": dict(Counter(re.findall(r"^\s+(v?[a-z]\w+)\s", text, re.MULTILINE)))}
+
+
+class _Guarded:
+    """An output array, poisoned, with a margin behind it that nobody may write."""
+
+    def __init__(self, size: int, dtype: str):
+        self._margin = 256
+        item = np.dtype(dtype).itemsize
+        block = np.full(size * item + self._margin + 64, 0x7B, np.uint8)
+        start = -block.ctypes.data % 64  # kernels may assume the runtime's alignment
+        self._behind = block[start + size * item :]
+        self.values: NDArray[Any] = block[start : start + size * item].view(dtype)
+
+    def tensor(self) -> Any:
+        import tvm
+
+        return tvm.runtime.from_dlpack(self.values)
+
+    def wrong(self) -> str | None:
+        return None if (self._behind == 0x7B).all() else "wrote behind the end of its output"
+
+
+def _ways(op: str, features: frozenset[str], formats: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(kernel name, format name) of every kernel for the operator."""
+    probe = _workload(op, {name: values[0] for name, values in _SIZES[op].items()}, "")
+    for name in formats:
+        for kernel in candidates(probe, format_named(name), features):
+            yield kernel.name, name
+
+
+def _case(op: str, way: tuple[str, str], row: Mapping[str, Any], seed: int) -> Case:
+    kernel, fmt = way
+    workload = _workload(op, row, row["epilogue"])
+    call = _call(workload, fmt, row["out"], row["residual"], row["threads"])
+    return Case(kernel, call, row["schedule"], row["values"], seed)
+
+
+def _call(workload: Workload, name: str, out: str, residual: str, threads: int) -> Call:
+    fmt = format_named(name)
+    b = "" if workload.has_weight else fmt.weight.name
+    return Call(workload, fmt, fmt.activation.name, out, residual, b, threads)
+
+
+def _workload(op: str, row: Mapping[str, Any], epilogue: str) -> Workload:
+    if op == "linear":
+        return Workload.make(op, epilogue, m=row["m"], k=row["k"], n=row["n"])
+    if op == "matmul":
+        sizes = {name: row[name] for name in ("m", "k", "n", "trans_b")}
+        return Workload.make(op, epilogue, b=row["batch"], **sizes)
+    if op == "depthwise":
+        cin = cout = groups = row["channels"]
+    else:
+        groups = row["groups"]
+        cin, cout = row["cin"] * groups, row["cout"] * groups
+    (kh, kw), (sh, sw), (dh, dw) = row["kernel"], row["stride"], row["dilation"]
+    window = (kh - 1) * dh + 1, (kw - 1) * dw + 1
+    half = (window[0] // 2, window[1] // 2)
+    pt, pl, pb, pr = half * 2 if row["padding"] == "same" else row["padding"]
+    h, w = (max(1, size + more) for size, more in zip(window, row["spare"], strict=True))
+    return Workload.make(
+        op, epilogue, n=row["batch"], h=h, w=w, cin=cin, cout=cout, kh=kh, kw=kw, sh=sh, sw=sw,
+        pt=pt, pl=pl, pb=pb, pr=pr, dh=dh, dw=dw, groups=groups,
+    )  # fmt: skip
+
+
+def _schedule(case: Case, kernel: Kernel) -> Schedule:
+    found = kernel.nest.schedules(case.call, kernel.micro)
+    if case.schedule == "last":
+        return found[-1]
+    best = found[0]
+    if case.schedule == "best":
+        return best
+    return Schedule(best.rows, best.vectors, "rows" if best.order == "vectors" else "vectors")

@@ -1,0 +1,100 @@
+"""The arguments of a glue kernel, and reading and writing their elements as fp32 values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hwmpq.formats import encoding_named
+from hwmpq.kernels.codes import (
+    QUANTIZER,
+    dequantize,
+    from_f32,
+    memory_dtype,
+    quantize,
+    to_f32,
+)
+from hwmpq.kernels.glue.call import GlueCall
+from hwmpq.kernels.ir import IR, Buffer, Expr
+from hwmpq.storage import is_integer
+
+
+@dataclass(frozen=True)
+class Frame:
+    """quantizers: of every input, then of the result; params: fp32, by role."""
+
+    ir: IR
+    call: GlueCall
+    inputs: tuple[Buffer, ...]
+    quantizers: tuple[Buffer, ...]
+    params: dict[str, Buffer]
+    out: Buffer
+
+    @staticmethod
+    def of(ir: IR, call: GlueCall) -> Frame:
+        """Declare the arguments: inputs, quantizers, params, out."""
+        inputs = [
+            ir.arg(f"x{i}", x.size, memory_dtype(x.encoding)) for i, x in enumerate(call.inputs)
+        ]
+        names = [f"q{i}" for i in range(len(call.inputs))] + ["q"]
+        quantizers = [ir.arg(name, QUANTIZER, "float32") for name in names]
+        params = {role: ir.arg(role, call.role_size(role), "float32") for role in call.roles}
+        out = ir.arg("out", call.out.size, memory_dtype(call.out.encoding))
+        return Frame(ir, call, tuple(inputs), tuple(quantizers), params, out)
+
+    @property
+    def lanes(self) -> int:
+        """fp32 lanes of a register."""
+        return self.call.vector_bytes // 4
+
+    @property
+    def wide(self) -> int:
+        """fp32 lanes of two registers: their latencies overlap, their codes are packed together."""
+        return 2 * self.lanes
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest code of the result."""
+        encoding = encoding_named(self.call.out.encoding)
+        return int(encoding.qmin), int(encoding.qmax)
+
+    def fetch(self, buffer: Buffer, at: Expr, lanes: int, stride: int = 1) -> Expr:
+        """Stored elements; a stride of 0 repeats one element."""
+        if stride == 0:
+            return self.ir.broadcast(self.ir.load(buffer, at), lanes)
+        return self.ir.load(buffer, at, lanes, stride)
+
+    def decode(self, index: int, raw: Expr, lanes: int) -> Expr:
+        """Stored elements of input `index` -> fp32 values."""
+        encoding = self.call.inputs[index].encoding
+        number = to_f32(self.ir, raw, encoding, lanes)
+        if not is_integer(encoding):
+            return number
+        return self.ir.fence(dequantize(self.ir, number, self.quantizers[index], lanes), lanes)
+
+    def value(self, index: int, at: Expr, lanes: int, stride: int = 1) -> Expr:
+        """fp32 values of input `index`."""
+        if stride == 0:
+            return self.ir.broadcast(self.value(index, at, 1), lanes)
+        return self.decode(index, self.fetch(self.inputs[index], at, lanes, stride), lanes)
+
+    def encode(self, value: Expr, lanes: int) -> Expr:
+        """fp32 values -> what is stored of the result."""
+        ir, out = self.ir, self.call.out.encoding
+        if is_integer(out):
+            value = quantize(ir, value, self.quantizers[-1], out, lanes, self.bounds)
+        return from_f32(ir, value, out, lanes)
+
+    def put(self, at: Expr, value: Expr, lanes: int, stride: int = 1) -> None:
+        """Store fp32 values as the result's elements."""
+        self.ir.store(self.out, at, self.encode(value, lanes), lanes, stride)
+
+    def scalar(self, index: int) -> Expr:
+        """A scalar of the result's quantizer."""
+        return self.ir.load(self.quantizers[-1], index)
+
+
+def dtype_lanes(call: GlueCall, dtype: Any) -> int:
+    """Lanes of a register of stored elements."""
+    bits = {"float32": 32, "uint16": 16, "uint8": 8, "int8": 8}[dtype]
+    return call.vector_bytes * 8 // bits

@@ -1,0 +1,106 @@
+"""Loops over elements that lie with strides in several buffers, vectors innermost.
+
+A vector body may be run twice on some elements: a rest that is no full vector is covered by one
+more vector that ends with the last element. So a body must not read what it has written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+
+from hwmpq.kernels.ir import IR, Expr
+
+#: Below this many elements the thread pool costs more than it gives.
+_PARALLEL = 16384
+
+
+def pays(threads: int, elements: int) -> bool:
+    """Whether a loop over so many elements is worth the thread pool."""
+    return threads > 1 and elements >= _PARALLEL
+
+
+#: body(at, strides, lanes): the index of the first element in each buffer, the step to the next
+#: lane in each, and how many lanes.
+Body = Callable[[list[Expr], tuple[int, ...], int], None]
+
+
+@dataclass(frozen=True)
+class Space:
+    """Elements to walk: extents, outermost first; strides[buffer][axis]; offsets[buffer]."""
+
+    extents: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        extents: Sequence[int],
+        strides: Sequence[Sequence[int]],
+        offsets: Sequence[int] | None = None,
+    ) -> Space:
+        """With neighbouring axes joined where every buffer allows it."""
+        found: list[tuple[int, tuple[int, ...]]] = []
+        for extent, *steps in zip(extents, *strides, strict=True):
+            if extent == 1:
+                continue
+            joined = tuple(extent * step for step in steps)
+            if found and found[-1][1] == joined:
+                found[-1] = (found[-1][0] * extent, tuple(steps))
+            else:
+                found.append((extent, tuple(steps)))
+        found = found or [(1, (1,) * len(strides))]
+        by_buffer = zip(*(steps for _, steps in found), strict=True)
+        return Space(
+            tuple(extent for extent, _ in found),
+            tuple(by_buffer),
+            tuple(offsets or (0,) * len(strides)),
+        )
+
+    def taken(self, order: Sequence[int]) -> Space:
+        """Only these axes, in this order."""
+        return Space(
+            tuple(self.extents[i] for i in order),
+            tuple(tuple(steps[i] for i in order) for steps in self.strides),
+            self.offsets,
+        )
+
+
+def spans(ir: IR, size: int, lanes: int) -> Iterator[tuple[Expr, int, int]]:
+    """Cover 0 .. size with vectors: (start, lanes, how many of the first lanes are repeated).
+
+    The body is emitted for the loop of full vectors and once more for the rest.
+    """
+    lanes = min(lanes, 1 << (size.bit_length() - 1))
+    with ir.loop(size // lanes) as i:
+        yield i * lanes, lanes, 0
+    if size % lanes:
+        yield size - lanes, lanes, lanes - size % lanes
+
+
+def walk(ir: IR, space: Space, lanes: int, threads: int, body: Body) -> None:
+    """Run the body over all elements; the outermost loop is parallel when that pays."""
+    *outer, inner = space.extents
+    steps = tuple(s[-1] for s in space.strides)
+    parallel = pays(threads, prod(space.extents))
+
+    def run(at: list[Expr], size: int) -> None:
+        for start, n, _ in spans(ir, size, lanes):
+            body([a + start * s for a, s in zip(at, steps, strict=True)], steps, n)
+
+    if parallel and not outer:
+        part = inner // threads // lanes * lanes
+        with ir.loop(threads, parallel=True) as thread:
+            run([o + thread * part * s for o, s in zip(space.offsets, steps, strict=True)], part)
+        if inner > threads * part:
+            at = [o + threads * part * s for o, s in zip(space.offsets, steps, strict=True)]
+            run(list(at), inner - threads * part)
+        return
+    with ExitStack() as stack:
+        at = list(space.offsets)
+        for axis, extent in enumerate(outer):
+            index = stack.enter_context(ir.loop(extent, parallel and axis == 0))
+            at = [a + index * s[axis] for a, s in zip(at, space.strides, strict=True)]
+        run(at, inner)

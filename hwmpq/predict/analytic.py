@@ -1,0 +1,200 @@
+"""What a cell has to do, counted in cycles: the static half of the prediction.
+
+`Work.terms` are cycles of one core under nominal costs; the fit gives each a factor (seconds per
+nominal cycle) and XGBoost learns the ratio of the measured time to their weighted sum, a bounded
+and scale-free quantity (as NeuSight predicts utilisation: ASPLOS 2025, arXiv 2407.13853). The
+nominal costs only need the right shape: their sizes are fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from hwmpq.errors import InputError
+from hwmpq.formats import Format
+from hwmpq.kernels import Call, Kernel, Schedule, kernel_named
+from hwmpq.kernels.codes import memory_dtype
+from hwmpq.kernels.nests.gemm import Geometry, Packing, blocks
+from hwmpq.targets import Caches, Target
+from hwmpq.types import FloatArray, Workload
+
+#: compute: dots, by the micro-kernel's own estimate. copy: the padded or widened input. decode:
+#: unpacking the weights, packing operand b. epilogue: requantization and stores. restream: weight
+#: tiles that do not stay in L1. weights, activations: bytes from the level they lie in. call: 1.
+TERMS = (
+    "compute", "copy", "decode", "epilogue", "restream", "weights", "activations", "call",
+)  # fmt: skip
+#: Nominal cycles of one call of a kernel with its set-up.
+_CALL = 200.0
+#: Nominal bytes per cycle from L2, L3 and memory; twice the vector width from L1.
+_L2, _L3, _MEMORY = 32.0, 12.0, 4.0
+_ITEM = {"float32": 4, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A cell in numbers. Bytes are as they lie in memory; weights packed. peak: MACs per cycle.
+
+    kdepth: reduction steps per output as executed, with padding (elements); lanes_padded: output
+    channels as executed; copied: elements of the scratch input; tile_bytes: decoded weights of one
+    vector block; parallel: iterations that threads share; speedup: what they can gain at most.
+    terms: [TERMS] nominal cycles.
+    """
+
+    g: Geometry
+    schedule: Schedule
+    macs: float
+    in_bytes: float
+    weight_bytes: float
+    out_bytes: float
+    residual_bytes: float
+    peak: float
+    kdepth: int
+    lanes_padded: int
+    copied: int
+    tile_bytes: float
+    parallel: int
+    speedup: float
+    terms: FloatArray
+
+    @property
+    def nbytes(self) -> float:
+        return self.in_bytes + self.weight_bytes + self.out_bytes + self.residual_bytes
+
+    @property
+    def memory_cycles(self) -> float:
+        """Every byte once, from where it lies."""
+        return float(self.terms[TERMS.index("weights")] + self.terms[TERMS.index("activations")])
+
+    @property
+    def roofline(self) -> float:
+        """Cycles: the larger of the multiplies at their peak and the bytes at their bandwidth."""
+        return max(self.macs / self.peak / self.speedup, self.memory_cycles)
+
+
+def cell_call(workload: Workload, fmt: Format, threads: int) -> Call:
+    """The call a latency cell stands for: tensors in the format's own encoding (design 4)."""
+    own = fmt.activation.name
+    residual = own if "add" in workload.epilogue.split("+") else ""
+    b = "" if workload.has_weight else fmt.weight.name
+    return Call(workload, fmt, own, own, residual, b, threads)
+
+
+def resolve(kernel: Kernel | str, workload: Workload, fmt: Format, target: Target) -> Kernel:
+    """The kernel of that name. Raises InputError when the target does not run the cell with it."""
+    if isinstance(kernel, Kernel):
+        return kernel
+    return kernel_named(kernel, workload, fmt, target.features)
+
+
+def bandwidth(nbytes: float, caches: Caches, vector_bytes: int) -> float:
+    """Nominal bytes per cycle of data of this size that is walked through again and again."""
+    if nbytes <= caches.l1d:
+        return 2.0 * vector_bytes
+    return _L2 if nbytes <= caches.l2 else _L3 if nbytes <= caches.l3 else _MEMORY
+
+
+def peak_macs(fmt: Format, kernel: Kernel, target: Target) -> float:
+    """Multiply-accumulates per cycle: of the operand pair as stored, else as multiplied, else of
+    its family. Raises InputError when the target states none of them."""
+    micro = kernel.micro
+    family = "fp32.fp32" if micro.acc_dtype == "float32" else "u8.s8"
+    multiplied = "s16.s16" if micro.w_dtype == "int16" else family
+    for pair in (f"{fmt.activation.name}.{fmt.weight.name}", multiplied, family):
+        if pair in target.peaks:
+            return target.peaks[pair]
+    raise InputError(
+        f"peaks of target {target.name}", sorted(target.peaks), family, "Add it to the target file."
+    )
+
+
+def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, threads: int = 1) -> Work:
+    """Count what the kernel does for the workload by its default schedule."""
+    call = cell_call(workload, fmt, threads)
+    schedule, micro = kernel.schedule(call), kernel.micro
+    g, depthwise = Geometry.of(workload), workload.op == "depthwise"
+    oh, ow = g.out
+    packing = Packing.of(g, micro, kernel.decoder.unit)
+    vectors = -(-g.cout // micro.lanes) if depthwise else packing.vectors
+    steps = g.kh * g.kw if depthwise else packing.steps
+    pixels = g.n * oh * g.groups if not depthwise else g.n * oh
+    per_row = sum(
+        count_r * count_v * micro.cycles(r, v, fmt)
+        for count_r, r in blocks(ow, min(schedule.rows, ow))
+        for count_v, v in blocks(vectors, schedule.vectors)
+    )
+    lanes_padded = vectors * micro.lanes * (1 if depthwise else g.groups)
+    copied = _copied(call, kernel, g, packing, depthwise)
+    weights = prod(workload.weight_shape)
+    weight_bytes = float(fmt.weight.packed_nbytes(weights))
+    if not workload.has_weight:
+        weight_bytes = float(weights * _ITEM[memory_dtype(call.b)])
+    act = _ITEM[memory_dtype(call.x)]
+    in_bytes, out = float(prod(workload.in_shape) * act), prod(workload.out_shape)
+    residual_bytes = float(out * act if call.residual else 0)
+    parallel = _parallel(g, schedule, vectors, workload)
+    speedup = parallel / -(-parallel // threads)
+    width = _ITEM[kernel.nest.weight_dtype(micro)]
+    per_step = micro.lanes if depthwise else packing.width
+    tile_bytes = float(min(schedule.vectors, vectors) * steps * per_step * width)
+    decoded = 0.0 if kernel.decoder.identity else float(g.groups * vectors * steps * per_step)
+    if depthwise and decoded:
+        decoded /= g.groups  # its vectors run over the groups
+    if not workload.has_weight:  # one element at a time (nests/gemm.py, _operand)
+        decoded = float(g.n * packing.vectors * packing.steps * packing.width) * micro.vector_bytes
+    row_blocks = -(-ow // min(schedule.rows, ow))
+    again = 0.0
+    if tile_bytes > target.caches.l1d:
+        again = lanes_padded * steps * micro.kstep * width * g.n * oh * row_blocks
+        again /= bandwidth(tile_bytes, target.caches, target.vector_bytes)
+    passes = -(-vectors // schedule.vectors) if schedule.order == "vectors" else 1
+    caches, wide = target.caches, target.vector_bytes
+    # weights are rotated through more than twice the L2 (design section 4, a latency cell)
+    cold = max(weight_bytes, 2.0 * caches.l2 + 1) if workload.has_weight else weight_bytes
+    read = in_bytes * passes / bandwidth(in_bytes, caches, wide)
+    written = out * act + residual_bytes
+    terms = np.array(
+        [
+            per_row * steps * micro.kstep * pixels / speedup,
+            2.0 * copied * _ITEM[micro.a_dtype] / micro.vector_bytes,
+            decoded / micro.vector_bytes,
+            6.0 * out / micro.lanes * (1.5 if call.residual else 1.0) / speedup,
+            again / speedup,
+            weight_bytes / bandwidth(cold, caches, wide),
+            (read + written / bandwidth(written, caches, wide)) / speedup,
+            _CALL,
+        ]
+    )
+    return Work(
+        g, schedule, float(workload.macs), in_bytes, weight_bytes, float(out * act),
+        residual_bytes, peak_macs(fmt, kernel, target), steps * micro.kstep, lanes_padded, copied,
+        tile_bytes, parallel, speedup, terms,
+    )  # fmt: skip
+
+
+def _copied(call: Call, kernel: Kernel, g: Geometry, packing: Packing, depthwise: bool) -> int:
+    """Elements of the scratch input, 0 where the input is read in place (gemm.copy_padded)."""
+    micro = kernel.micro
+    dtype, over = micro.a_dtype, packing.per_segment * micro.kstep > g.segment
+    if depthwise:
+        dtype = "float32" if micro.acc_dtype == "float32" else "uint8"
+        over = g.cin % micro.lanes != 0
+    height, width = g.padded
+    if memory_dtype(call.x) == dtype and not over and (height, width) == (g.h, g.w):
+        return 0
+    return g.n * height * width * g.cin
+
+
+def _parallel(g: Geometry, schedule: Schedule, vectors: int, workload: Workload) -> int:
+    """Iterations of the loop that runs in parallel (nests/gemm.py and nests/depthwise.py)."""
+    oh, ow = g.out
+    if not workload.has_weight:
+        return g.n
+    if workload.op == "depthwise":
+        return oh
+    if schedule.order == "vectors":
+        return max(vectors // schedule.vectors, 1)
+    return oh if oh > 1 else max(ow // min(schedule.rows, ow), 1)

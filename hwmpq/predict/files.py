@@ -1,0 +1,233 @@
+"""The folder of a cost model: model.ubj, card.toml, rows.jsonl. No pickle, no dates.
+
+The card holds the hash of the other two files and the predicted seconds of some rows: a folder that
+was cut short, or whose features have silently changed since, is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwmpq.errors import InputError
+from hwmpq.kernels import CODEGEN_VERSION
+from hwmpq.predict.analytic import TERMS
+from hwmpq.predict.boost import Point, Settings
+from hwmpq.predict.features import FEATURES_VERSION, NAMES
+from hwmpq.predict.model import Predictor, Scope
+from hwmpq.predict.rows import Row, Table
+from hwmpq.targets import Target
+from hwmpq.targets import load as load_target
+from hwmpq.types import digest
+
+CARD_VERSION = 1
+MODEL, CARD, ROWS = "model.ubj", "card.toml", "rows.jsonl"
+_MAX_BYTES = 256 << 20
+_PROBES = 16
+_AGAIN = "Train it again: python tools/train_cost_model.py --target {target}."
+
+
+def save(predictor: Predictor, folder: Path) -> None:
+    """Write the three files; the card last, so that an interrupted save is seen by `load`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
+    model = bytes(predictor.point.booster.save_raw(raw_format="ubj"))
+    rows = "".join(json.dumps(row.to_json(), sort_keys=True) + "\n" for row in predictor.rows)
+    (folder / MODEL).write_bytes(model)
+    (folder / ROWS).write_bytes(rows.encode())
+    (folder / CARD).write_text(_toml(_card(predictor, model, rows.encode())), encoding="utf-8")
+
+
+def load(folder: Path, target: Target | None) -> Predictor:
+    """See `Predictor.load`."""
+    card = _read_card(folder)
+    try:
+        return _predictor(card, folder, target)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            f"values of the card {folder / CARD}", repr(error),
+            next="Get the folder again, or train the model again.",
+        ) from error  # fmt: skip
+
+
+def _predictor(card: Mapping[str, Any], folder: Path, target: Target | None) -> Predictor:
+    name = str(card["target"])
+    if target is None:
+        target = load_target(name)
+    again = _AGAIN.format(target=target.name)
+    for what, got, allowed in (
+        ("version of the features", card["features"], FEATURES_VERSION),
+        ("names of the features", digest(card["names"]), digest(list(NAMES))),
+        ("version of the emitted kernels", card["codegen"], CODEGEN_VERSION),
+        ("target", name, target.name),
+        ("facts of the target", card["target_facts"], facts(target)),
+        ("terms of the static model", sorted(card["factors"]), sorted(TERMS)),
+    ):
+        if got != allowed:
+            raise InputError(f"{what} of the cost model {folder}", got, allowed, again)
+    model, lines = (_read(folder / item, card["sha256"][item]) for item in (MODEL, ROWS))
+    booster = _booster(folder, model, again)
+    rows = tuple(Row.from_json(json.loads(line)) for line in lines.decode().splitlines())
+    scope, bands = card["scope"], card["band"]
+    predictor = Predictor(
+        target,
+        Point(np.array([card["factors"][term] for term in TERMS], np.float64), booster),
+        (bands["known"][0], bands["known"][1]),
+        (bands["novel"][0], bands["novel"][1]) if "novel" in bands else None,
+        Scope(
+            frozenset(scope["ops"]), frozenset(scope["threads"]), frozenset(scope["formats"]),
+            frozenset(scope["kernels"]), (scope["estimate_s"][0], scope["estimate_s"][1]),
+        ),
+        rows, card["seed"], Settings(**card["settings"]), card["fingerprint"],
+        card["toolchain"], card["errors"],
+    )  # fmt: skip
+    again_s = _probes(predictor)
+    kept_s = card["probe_s"]
+    same = len(kept_s) == len(again_s) and np.allclose(again_s, kept_s, rtol=1e-4, atol=0.0)
+    if not same:
+        raise InputError(
+            f"predictions of the cost model {folder}", "others than when it was saved",
+            "the same", f"Its features or kernels have changed since. {again}",
+        )  # fmt: skip
+    return predictor
+
+
+def facts(target: Target) -> str:
+    """Hash of what the features take from a target."""
+    caches = target.caches
+    return digest(
+        [
+            sorted(target.features), target.vector_bytes, target.registers,
+            [caches.l1d, caches.l2, caches.l3], dict(sorted(target.peaks.items())),
+        ]
+    )  # fmt: skip
+
+
+def _card(p: Predictor, model: bytes, rows: bytes) -> dict[str, Any]:
+    bands = {"known": list(p.known)} | ({"novel": list(p.novel)} if p.novel else {})
+    settings = vars(p.settings)
+    return {
+        "card": CARD_VERSION,
+        "features": FEATURES_VERSION,
+        "codegen": CODEGEN_VERSION,
+        "target": p.target.name,
+        "target_facts": facts(p.target),
+        "fingerprint": p.fingerprint,
+        "seed": p.seed,
+        "rows": len(p.rows),
+        "probe_s": _probes(p),
+        "names": list(NAMES),
+        "settings": settings,
+        "toolchain": dict(p.toolchain),
+        "factors": dict(zip(TERMS, p.point.factors.tolist(), strict=True)),
+        "band": bands,
+        "scope": {
+            "ops": sorted(p.scope.ops),
+            "threads": sorted(p.scope.threads),
+            "formats": sorted(p.scope.formats),
+            "kernels": sorted(p.scope.kernels),
+            "estimate_s": list(p.scope.estimate_s),
+        },
+        "sha256": {MODEL: _sha256(model), ROWS: _sha256(rows)},
+        "errors": {split: dict(values) for split, values in p.errors.items()},
+    }
+
+
+def _probes(predictor: Predictor) -> list[float]:
+    """Predicted seconds of some of the rows, evenly spread."""
+    step = -(-len(predictor.rows) // _PROBES)
+    table = Table.of(predictor.rows[::step], predictor.target)
+    return [float(v) for v in predictor.point.seconds(table.x, table.terms)]
+
+
+def _read_card(folder: Path) -> Mapping[str, Any]:
+    try:
+        card = tomllib.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(
+            f"no readable cost model in {folder}", error, f"{MODEL}, {CARD} and {ROWS}",
+            "Train one: python tools/train_cost_model.py --help.",
+        ) from error  # fmt: skip
+    if card.get("card") != CARD_VERSION:
+        raise InputError(
+            f"version of the card {folder / CARD}", card.get("card"), CARD_VERSION,
+            "Train the model again, or update hwmpq.",
+        )  # fmt: skip
+    known = {
+        "card", "features", "codegen", "target", "target_facts", "fingerprint", "seed", "rows",
+        "probe_s", "names", "settings", "toolchain", "factors", "band", "scope", "sha256", "errors",
+    }  # fmt: skip
+    if set(card) != known:
+        raise InputError(f"entries of the card {folder / CARD}", sorted(card), sorted(known))
+    return card
+
+
+def _read(path: Path, sha256: str) -> bytes:
+    """The file's bytes. Raises InputError unless they are those of the card."""
+    try:
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= _MAX_BYTES else b""
+    except OSError as error:
+        raise InputError(f"unreadable part of a cost model {path}", error) from error
+    if not data or _sha256(data) != sha256:
+        raise InputError(
+            f"damaged part of a cost model {path}", f"{size} bytes of another hash", sha256,
+            "Get the folder again, or train the model again.",
+        )  # fmt: skip
+    return data
+
+
+def _booster(folder: Path, model: bytes, again: str) -> Any:
+    import xgboost
+
+    if not model.startswith(b"{"):  # UBJSON and nothing else: no legacy binary, no pickle
+        raise InputError(f"model of {folder}", model[:4], "UBJSON of XGBoost", again)
+    booster = xgboost.Booster({"nthread": 1})
+    try:
+        booster.load_model(bytearray(model))
+    except xgboost.core.XGBoostError as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"model of {folder}", first, "UBJSON of XGBoost", again) from error
+    if tuple(booster.feature_names or ()) != NAMES:
+        raise InputError(f"features of the model of {folder}", "others", "those of its card", again)
+    return booster
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _toml(card: Mapping[str, Any]) -> str:
+    """TOML of plain values, then of tables; two levels, and two more for the errors."""
+    lines = ["# Written by hwmpq.predict; its numbers are read back exactly."]
+    lines += [f"{key} = {_value(v)}" for key, v in card.items() if not isinstance(v, Mapping)]
+    for table, values in card.items():
+        if isinstance(values, Mapping):
+            plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+            lines += ["", f"[{table}]", *(f"{_key(k)} = {_value(v)}" for k, v in plain.items())]
+            for name, inner in values.items():
+                if isinstance(inner, Mapping):
+                    lines += ["", f"[{table}.{_key(name)}]"]
+                    lines += [f"{_key(k)} = {_value(v)}" for k, v in inner.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    return json.dumps(str(name), ensure_ascii=False)
+
+
+def _value(value: Any) -> str:
+    """A TOML value. JSON's strings are TOML's; nan and inf are written as TOML spells them."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(float(value)) if isinstance(value, float) else str(int(value))

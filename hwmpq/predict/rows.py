@@ -1,0 +1,130 @@
+"""Rows: measured cells a predictor is trained and judged on, and the table of their numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmpq.errors import InputError
+from hwmpq.formats import Format, format_named
+from hwmpq.predict.analytic import Work, resolve, work
+from hwmpq.predict.features import F32, of_work
+from hwmpq.targets import Target
+from hwmpq.types import FloatArray, Workload, digest, reject_unknown
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured cell. latency_s: seconds of a call; weight: how far it is trusted, in (0, 1];
+    networks: those that hold this workload; samples_s: the raw seconds latency_s is the median of.
+    """
+
+    workload: Workload
+    format: str
+    kernel: str
+    threads: int
+    latency_s: float
+    weight: float = 1.0
+    networks: tuple[str, ...] = ()
+    samples_s: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.latency_s) and self.latency_s > 0):
+            raise InputError(f"latency_s of {self.kernel}", self.latency_s, "positive seconds")
+        if not 0 < self.weight <= 1:
+            raise InputError(f"weight of {self.kernel}", self.weight, "above 0, at most 1")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "workload": self.workload.to_json(),
+            "format": self.format,
+            "kernel": self.kernel,
+            "threads": self.threads,
+            "latency_s": self.latency_s,
+            "weight": self.weight,
+            "networks": list(self.networks),
+            "samples_s": list(self.samples_s),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Row:
+        """Raises InputError for an unknown or missing key, or a value that cannot be one."""
+        reject_unknown("row of a cost model", data, set(Row.__dataclass_fields__))
+        try:
+            return Row(
+                Workload.from_json(data["workload"]), str(data["format"]), str(data["kernel"]),
+                int(data["threads"]), float(data["latency_s"]), float(data["weight"]),
+                tuple(map(str, data["networks"])), tuple(map(float, data["samples_s"])),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("row of a cost model", repr(error)) from None
+
+
+def group_of(workload: Workload) -> str:
+    """Key of the shape: all formats, kernels, threads and epilogues of it are on one side of a
+    split."""
+    return digest([workload.op, [list(item) for item in workload.dims]])
+
+
+def folds(groups: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
+    """Fold 0 .. count − 1 of every row: the groups in the order of their hash, dealt in turn.
+
+    Depends on group keys and seed only, never on the order or the values of the rows.
+    """
+    names = sorted(
+        set(groups), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
+    )
+    place = {name: index % count for index, name in enumerate(names)}
+    return np.array([place[name] for name in groups], np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows with their numbers. x: [n, features]; terms: [n, TERMS]; y, weight: [n]; group: [n]."""
+
+    rows: tuple[Row, ...]
+    formats: tuple[Format, ...]
+    done: tuple[Work, ...]
+    x: F32
+    terms: FloatArray
+    y: FloatArray
+    weight: FloatArray
+    group: NDArray[np.str_]
+
+    @staticmethod
+    def of(rows: Sequence[Row], target: Target) -> Table:
+        """Raises InputError when there is no row, or a row's kernel or format is unknown."""
+        if not rows:
+            raise InputError("rows of a cost model", 0, "measured cells", "Measure some first.")
+        formats, done, x = [], [], []
+        for row in rows:
+            fmt = format_named(row.format)
+            kernel = resolve(row.kernel, row.workload, fmt, target)
+            counted = work(row.workload, fmt, kernel, target, row.threads)
+            formats.append(fmt)
+            done.append(counted)
+            x.append(of_work(row.workload, fmt, kernel, target, row.threads, counted))
+        return Table(
+            tuple(rows), tuple(formats), tuple(done), np.stack(x),
+            np.stack([item.terms for item in done]),
+            np.array([row.latency_s for row in rows]), np.array([row.weight for row in rows]),
+            np.array([group_of(row.workload) for row in rows]),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, keep: NDArray[np.bool_]) -> Table:
+        """The rows where `keep` is True."""
+        index = np.flatnonzero(keep)
+        return Table(
+            tuple(self.rows[i] for i in index), tuple(self.formats[i] for i in index),
+            tuple(self.done[i] for i in index), self.x[index], self.terms[index],
+            self.y[index], self.weight[index], self.group[index],
+        )  # fmt: skip

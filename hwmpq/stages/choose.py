@@ -1,0 +1,162 @@
+"""The problem put together, and the plan chosen for each kind of objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hwmpq.errors import InfeasibleError, InputError
+from hwmpq.formats import bops, format_named
+from hwmpq.search import solve
+from hwmpq.search.pareto import frontier as exact_frontier
+from hwmpq.stages.job import Job
+from hwmpq.stages.latency import LatencyTable
+from hwmpq.stages.menu import Menu
+from hwmpq.types import Assignment, Problem, Sensitivity, Solution
+
+
+def make_problem(
+    job: Job, menu: Menu, loss: Sensitivity, table: LatencyTable, size: int | None
+) -> Problem:
+    """Arrays of the whole network. Cells without a time are illegal."""
+    layers = job.network.layers
+    nbytes = np.zeros((len(layers), len(menu.formats)))
+    work = np.zeros_like(nbytes)
+    for i, layer in enumerate(layers):
+        for j, name in enumerate(menu.formats):
+            fmt = format_named(name)
+            if layer.workload.has_weight:
+                nbytes[i, j] = fmt.nbytes(layer.workload.weight_shape, layer.bias)
+            work[i, j] = bops(fmt, layer.workload.macs)
+    legal = menu.legal & np.isfinite(table.latency_s)
+    empty = [layers[i].name for i in np.flatnonzero(~legal.any(axis=1))]
+    if empty:
+        raise InputError(
+            "layers without any usable format", ", ".join(empty[:5]), None,
+            "See `hwmpq inspect`; loosen --pin or --formats.",
+        )  # fmt: skip
+    values = np.where(legal, loss.loss, 0.0)
+    return Problem(
+        layers=job.network.names,
+        formats=menu.formats,
+        loss=np.where(np.isfinite(values), values, 0.0),
+        latency_s=np.where(legal, table.latency_s, 1.0),
+        nbytes=nbytes,
+        bops=work,
+        legal=legal,
+        transitions=table.transitions,
+        fixed_latency_s=table.fixed_s,
+        ties=menu.ties,
+        budgets={} if size is None else {"nbytes": float(size)},
+    )
+
+
+def within(problem: Problem, latency_s: float | None) -> Problem:
+    """The problem with a latency budget."""
+    if latency_s is None:
+        return problem
+    return replace(problem, budgets={**problem.budgets, "latency_s": latency_s})
+
+
+def least_loss(job: Job, problem: Problem) -> Solution:
+    """Least loss within the budgets. Raises InfeasibleError naming the best possible plans."""
+    solution = solve(problem, job.options.search, time_limit_s=_limit(job), seed=job.options.seed)
+    if solution.status == "infeasible":
+        raise infeasible(problem, solution)
+    if not solution.choice:
+        raise InputError(
+            f"solver {job.options.search} found no plan in its time", solution.status, None,
+            "Give it more time with --max-time.",
+        )  # fmt: skip
+    return solution
+
+
+def infeasible(problem: Problem, solution: Solution) -> InfeasibleError:
+    """What the budgets ask and what is the least that can be had."""
+    asked, least = [], []
+    for name, budget in problem.budgets.items():
+        asked.append(f"{_words(name, budget)}")
+        if name in solution.least:
+            least.append(f"{_words(name, solution.least[name])}")
+    return InfeasibleError(
+        "no plan meets the budgets", " and ".join(asked),
+        f"at least {' and '.join(least)}" if least else None,
+        "Loosen the budget, add formats, or drop pins.",
+    )  # fmt: skip
+
+
+def _words(name: str, value: float) -> str:
+    if name == "latency_s":
+        return f"{value * 1e3:.4g} ms"
+    if name == "nbytes":
+        return f"{value / 1e6:.4g} MB"
+    return f"{name} {value:.4g}"
+
+
+def _limit(job: Job) -> float:
+    return min(job.options.max_time or 60.0, 60.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan on the latency–loss frontier, fastest first; drop: filled in when judged."""
+
+    assignment: Assignment
+    loss: float
+    latency_s: float
+    nbytes: float
+
+
+def walk_frontier(job: Job, problem: Problem, points: int = 12) -> list[Point]:
+    """Non-dominated plans from the fastest to the least lossy. Raises InfeasibleError."""
+    solutions = exact_frontier(
+        problem, "latency_s", points, time_limit_s=_limit(job), seed=job.options.seed
+    )
+    if not solutions:
+        raise infeasible(problem, solve(problem, "ilp", time_limit_s=_limit(job)))
+    found = [
+        Point(s.choice, float(s.objective or 0.0), float(s.latency_s or 0.0), float(s.nbytes or 0))
+        for s in solutions
+    ]
+    return sorted(found, key=lambda p: p.latency_s)
+
+
+def fastest_within_drop(
+    points: Sequence[Point], judge: Callable[[Assignment], float], max_drop: float
+) -> int:
+    """Index of the fastest plan whose judged drop is within max_drop, by bisection.
+
+    The drop is taken to fall along the frontier; the found plan itself was judged. When even the
+    slowest plan drops more, that one is returned: the caller reports it.
+    """
+    low, high = 0, len(points) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if judge(points[middle].assignment) <= max_drop:
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def frontier_rows(points: Sequence[Point]) -> list[dict[str, object]]:
+    return [
+        {
+            "loss": p.loss,
+            "latency_s": p.latency_s,
+            "nbytes": p.nbytes,
+            "assignment": p.assignment,
+        }
+        for p in points
+    ]
+
+
+def loss_of(problem: Problem, assignment: Mapping[str, str]) -> dict[str, float]:
+    """Each layer's loss under an assignment."""
+    assert problem.loss is not None
+    return {
+        layer: float(problem.loss[i, problem.formats.index(assignment[layer])])
+        for i, layer in enumerate(problem.layers)
+    }

@@ -1,0 +1,122 @@
+"""Calibration and sensitivities of a job, with what is kept of them in the store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+
+from hwmpq.errors import InputError
+from hwmpq.quantizers import Quantizers
+from hwmpq.stages.job import Images, Job
+from hwmpq.stages.menu import Menu
+from hwmpq.types import Sensitivity, digest
+
+#: Images that an estimator looks at; more cost time in proportion.
+SENSITIVITY_IMAGES = 64
+#: Part of the sensitivities' keys: raise it when an estimator or the simulator changes.
+SENSITIVITY_VERSION = 1
+RANGES: Final = "mse"
+
+
+def calibrate(job: Job, images: Images, menu: Menu) -> Quantizers:
+    """Scales, zero points and rounded weights for every format of the menu.
+
+    Deterministic and cheap beside the rest, so made again by every run.
+    """
+    import torch
+
+    from hwmpq.quantize.calibrate import calibrate as run
+
+    shape = job.graph.tensors[job.graph.inputs[0]]
+    size = max(shape[0], 8 if shape[-1] >= 64 else 64)
+    count = len(images.calib)
+    limit = min(count, 64) if shape[-1] >= 64 else count
+    picked = np.linspace(0, count - 1, limit).astype(int)
+    batches = [
+        torch.from_numpy(images.calib.batch(picked[i : i + size])) for i in range(0, limit, size)
+    ]
+    with job.progress.stage("calibrate", None) as advance:
+        return run(job.graph, batches, menu.formats, RANGES, progress=lambda *_: advance(1))
+
+
+def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) -> Sensitivity:
+    """loss[L, F] of every legal cell, item by item kept in the store."""
+    import torch
+
+    from hwmpq import sensitivity
+
+    name = job.options.sensitivity or "output-error"
+    if name not in sensitivity.names():
+        from hwmpq.errors import UnknownName
+
+        raise UnknownName("sensitivity estimator", name, sensitivity.names())
+    able = np.array(
+        [[f in menu.kernels[la.name] for f in menu.formats] for la in job.network.layers], bool
+    )
+    count = min(SENSITIVITY_IMAGES, len(images.calib))
+    part = images.calib.subset(np.linspace(0, len(images.calib) - 1, count).astype(int))
+    key = digest(
+        [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest, name, RANGES,
+         job.options.seed]
+    )  # fmt: skip
+    formats = {f: _item_key(key, f) for f in menu.formats}
+    done: dict[str, float] = {}
+    for layer in job.network.names:
+        for fmt in menu.formats:
+            value = job.store.fact("sensitivity", f"{formats[fmt]}|{layer}")
+            if value is not None:
+                done[f"{layer}|{fmt}"] = float(value)
+
+    def save(item: str, value: float) -> None:
+        layer, fmt = item.rsplit("|", 1)
+        job.store.put_fact("sensitivity", f"{formats[fmt]}|{layer}", value)
+
+    labels = None if part.labels is None else torch.from_numpy(part.labels)
+    total = int(able.sum())
+    with job.progress.stage(f"sensitivity ({name})", total) as advance:
+        before = 0
+
+        def note(cells: int, _all: int, _left: float) -> None:
+            nonlocal before
+            advance(cells - before)
+            before = cells
+
+        found = sensitivity.estimate(
+            name, job.graph, quantizers, torch.from_numpy(part.batch(range(count))), labels,
+            formats=menu.formats, legal=able, progress=note, done=done, save=save,
+            seed=job.options.seed,
+        )  # fmt: skip
+    if not np.isfinite(found.loss[able]).all():
+        bad = [
+            f"{job.network.names[i]} in {menu.formats[j]}"
+            for i, j in np.argwhere(able & ~np.isfinite(found.loss))
+        ]
+        raise InputError("sensitivities are not finite", ", ".join(bad[:5]))
+    return found
+
+
+def _item_key(key: str, fmt: str) -> str:
+    return digest([key, fmt])
+
+
+@dataclass(frozen=True)
+class Violations:
+    """Cells whose loss falls when bits are taken away, within the integer family."""
+
+    cells: tuple[str, ...]
+
+
+def monotone_violations(found: Sensitivity) -> Violations:
+    """Counted and reported: on real nets a few are normal (noise of the images)."""
+    order = [f for f in ("w8a8", "w4a8", "w2a8") if f in found.formats]
+    cells = []
+    for i, layer in enumerate(found.layers):
+        for wide, narrow in pairwise(order):
+            a = found.loss[i, found.formats.index(wide)]
+            b = found.loss[i, found.formats.index(narrow)]
+            if np.isfinite(a) and np.isfinite(b) and b < a:
+                cells.append(f"{layer}: {narrow} < {wide}")
+    return Violations(tuple(cells))

@@ -1,0 +1,186 @@
+"""The job: what the user asked for, resolved to a graph, data, a target and a store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from hwmpq import data, devices, targets, toolchain
+from hwmpq.data import DataSet
+from hwmpq.devices import Device
+from hwmpq.errors import InputError
+from hwmpq.graph import Graph, network_of
+from hwmpq.measure.store import Store
+from hwmpq.targets import Target
+from hwmpq.types import Network, digest
+
+#: Calibration images set aside to judge candidates by; no choice of scale or sensitivity sees them.
+HOLDOUT = 512
+
+
+class Progress(Protocol):
+    """How a run shows that it moves."""
+
+    def stage(
+        self, name: str, total: int | None
+    ) -> AbstractContextManager[Callable[[int], None]]: ...
+
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        yield lambda _: None
+
+    def note(self, text: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """The words of `hwmpq quantize`, as the user wrote them; the contract explains each."""
+
+    model: str
+    weights: str | None = None
+    input_shape: tuple[int, ...] | None = None
+    target: str = "native"
+    device: str = "local"
+    data: str | None = None
+    calib_data: str | None = None
+    latency: str | None = None
+    max_size: str | None = None
+    max_drop: float | None = None
+    formats: tuple[str, ...] = ()
+    pins: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()
+    method: str = "auto"
+    search: str = "ilp"
+    sensitivity: str | None = None
+    metric: str = ""
+    calib: int = 256
+    eval: int | None = None
+    threads: int = 1
+    seed: int = 0
+    store: str | None = None
+    out: str = "hwmpq-out"
+    fresh: bool = False
+    max_time: float | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """calib: for ranges and sensitivities; holdout: for choosing among candidates; test: for the
+    reported accuracy only; split: how they were made, in words."""
+
+    calib: DataSet
+    holdout: DataSet
+    test: DataSet
+    split: str
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run's fixed circumstances. model: the loaded model; key: digest of graph and weights."""
+
+    options: Options
+    progress: Progress
+    model: Any
+    graph: Graph
+    network: Network
+    key: str
+    target: Target
+    device: Device
+    store: Store
+
+
+def open_job(options: Options, progress: Progress) -> Job:
+    """Load and trace the model, resolve target and device, open the store.
+
+    Raises the errors of each part; nothing has been written by then but an empty store.
+    """
+    from hwmpq.frontend.model import load_model
+
+    toolchain.check()
+    if options.threads < 1:
+        raise InputError("--threads", options.threads, "1 or more")
+    target = targets.native() if options.target == "native" else targets.load(options.target)
+    device = devices.load(options.device)
+    missing = targets.satisfied_by_host(target)
+    if missing:
+        raise InputError(
+            f"this machine cannot run target {target.name}", f"no {', '.join(missing)}",
+            [n for n in targets.names() if not targets.satisfied_by_host(targets.load(n))],
+            "Use one of these, or a device that has the features.",
+        )  # fmt: skip
+    weights = Path(options.weights) if options.weights else None
+    with progress.stage("trace", None):
+        model = load_model(options.model, weights, options.input_shape)
+        graph = model.graph()
+    store = Store.open(options.store, fresh=options.fresh)
+    return Job(
+        options, progress, model, graph, network_of(graph), graph_key(graph), target, device, store
+    )
+
+
+def graph_key(graph: Graph) -> str:
+    """Digest of the graph's structure and of every constant."""
+    constants = {
+        name: hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()[:16]
+        for name, value in graph.constants.items()
+    }
+    nodes = [[n.name, n.op, list(n.inputs), dict(n.attrs), dict(n.params)] for n in graph.nodes]
+    return digest([list(graph.inputs), list(graph.outputs), nodes, constants])
+
+
+def load_images(job: Job) -> Images:
+    """The three disjoint sets of images.
+
+    Raises InputError without any data, or with too few images.
+    """
+    o, graph = job.options, job.graph
+    if not (o.data or o.calib_data):
+        raise InputError(
+            "no data", None, data.FORMS, "Give --calib-data (and --data for the accuracy)."
+        )
+    if len(graph.inputs) != 1:
+        raise InputError("data for a model with several inputs", len(graph.inputs), "one input")
+    shape = graph.tensors[graph.inputs[0]]
+
+    def load(spec: str) -> DataSet:
+        return data.load(spec, job.model.normalization, shape, job.model.classes)
+
+    if o.data and o.calib_data:
+        source, test = load(o.calib_data), load(o.data)
+        words = f"calibration from {o.calib_data}, accuracy on {o.data}"
+        count = min(o.calib, max(len(source) // 2, 1))
+        rest_limit = len(source) - count
+    else:
+        whole = load(o.data or o.calib_data or "")
+        if len(whole) < 4:
+            raise InputError(f"images in {whole.name}", len(whole), "4 or more")
+        source, test = data.split(whole, len(whole) // 2, o.seed)
+        words = f"{whole.name} split in two halves with seed {o.seed}: calibration and accuracy"
+        count = min(o.calib, max(len(source) // 2, 1))
+        rest_limit = len(source) - count
+    if rest_limit < 1:
+        raise InputError(f"images in {source.name}", len(source), "2 or more")
+    order = np.random.default_rng(o.seed).permutation(len(source))
+    calib = source.subset(np.sort(order[:count]), f"{source.name} [{count} for calibration]")
+    held = np.sort(order[count : count + HOLDOUT])
+    holdout = source.subset(held, f"{source.name} [{len(held)} held out]")
+    if o.eval is not None and o.eval < len(test):
+        if o.eval < 1:
+            raise InputError("--eval", o.eval, "1 or more")
+        pick = np.sort(np.random.default_rng(o.seed).permutation(len(test))[: o.eval])
+        test = test.subset(pick, f"{test.name} [{o.eval} of them]")
+    return Images(calib, holdout, test, words)

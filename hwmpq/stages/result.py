@@ -1,0 +1,235 @@
+"""What a run hands back: the contract's JSON, rows for the table, the frontier."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hwmpq.artifact.folder import replace_folder
+from hwmpq.errors import InputError
+from hwmpq.formats import format_named
+from hwmpq.search import solve
+from hwmpq.stages.build import Made
+from hwmpq.stages.choose import loss_of, within
+from hwmpq.stages.job import Job
+from hwmpq.stages.latency import LatencyFacts
+from hwmpq.stages.menu import Menu
+from hwmpq.stages.timing import Timed
+from hwmpq.stages.verify import Accuracy
+from hwmpq.types import Assignment, Problem, Solution
+
+EXIT_CODES = {
+    "met": 0, "error": 2, "infeasible": 3, "missed": 4, "accuracy": 5, "slower": 6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of the final table. options: format -> measured seconds of the cell; why_not:
+    format -> reason where there is none."""
+
+    name: str
+    op: str
+    shape: str
+    format: str
+    kernel: str
+    execution: str
+    loss: float
+    predicted_s: float | None
+    options: Mapping[str, float]
+    why_not: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """json: the contract's result.json; problem: to solve again from the same facts."""
+
+    json: dict[str, Any]
+    rows: list[LayerRow]
+    frontier: list[dict[str, Any]]
+    exit_code: int
+    problem: Problem | None
+
+    @property
+    def assignment(self) -> Assignment:
+        return dict(self.json.get("assignment", {}))
+
+    @property
+    def artifact(self) -> Path:
+        return Path(self.json["artifact"])
+
+    def report(self, path: str | Path) -> Path:
+        """Write the HTML report."""
+        from hwmpq.report import html
+
+        html(self.json, self.rows, self.frontier, Path(path))
+        return Path(path)
+
+    def solve(self, latency: float | None = None, solver: str = "ilp") -> Solution:
+        """The best plan for another latency (seconds) from the same facts; nothing is measured."""
+        if self.problem is None:
+            raise InputError("a dry run has no problem to solve")
+        return solve(within(self.problem, latency), solver)
+
+    def write(self, out: Path, made: Path) -> None:
+        """Put result.json, report.html and the artifact into `out`, replaced as a whole.
+
+        A result that was met is not replaced by one that was not: that goes to `<out>.<status>`.
+        """
+        place = out
+        if out.exists():
+            if not is_ours(out):
+                raise InputError(
+                    "the output folder holds something else", out,
+                    "a new folder or one that hwmpq made", "Choose another --out.",
+                )  # fmt: skip
+            if _was_met(out) and self.exit_code != 0:
+                place = out.with_name(f"{out.name}.{self.json['status']}")
+        self.json["artifact"] = str(place / "artifact")
+        self.json["report"] = str(place / "report.html")
+        aside = made.parent / "result"
+        aside.mkdir()
+        os.replace(made, aside / "artifact")
+        try:
+            (aside / "result.json").write_text(json.dumps(self.json, indent=1) + "\n")
+            rows = [asdict(row) for row in self.rows]
+            (aside / "rows.json").write_text(
+                json.dumps({"version": 1, "rows": rows, "frontier": self.frontier}, indent=1)
+            )
+            self.report(aside / "report.html")
+        except OSError as error:
+            raise InputError(f"cannot write the result to {out}", error) from error
+        replace_folder(aside, place)
+
+
+def is_ours(folder: Path) -> bool:
+    """An empty folder, or one that a run wrote."""
+    if not folder.is_dir():
+        return False
+    names = {p.name for p in folder.iterdir()}
+    return not names or "result.json" in names
+
+
+def _was_met(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "result.json").read_text())["status"] == "met")
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def layer_rows(
+    job: Job, menu: Menu, facts: LatencyFacts, problem: Problem, assignment: Mapping[str, str]
+) -> list[LayerRow]:
+    """One row per layer of the plan."""
+    losses = loss_of(problem, assignment)
+    rows = []
+    for layer in job.network.layers:
+        fmt = assignment[layer.name]
+        kernel = menu.kernels[layer.name][fmt]
+        options = {}
+        for name in menu.kernels[layer.name]:
+            cell = facts.cell(layer.workload, name)
+            if cell is not None and not cell.error:
+                options[name] = cell.latency_s
+        rows.append(
+            LayerRow(
+                layer.name,
+                layer.workload.op,
+                shape_text(layer.workload),
+                fmt,
+                kernel.name,
+                kernel.execution(format_named(fmt)),
+                losses[layer.name],
+                options.get(fmt),
+                options,
+                menu.reasons[layer.name],
+            )
+        )
+    return rows
+
+
+def shape_text(workload: Any) -> str:
+    """A short shape, as people write it."""
+    w = workload
+    if w.op in ("conv2d", "depthwise"):
+        groups = f" g{w['groups']}" if w["groups"] > 1 and w.op == "conv2d" else ""
+        stride = f" /{w['sh']}" if w["sh"] > 1 else ""
+        return f"{w['cin']}x{w['h']}x{w['w']} > {w['cout']}, {w['kh']}x{w['kw']}{stride}{groups}"
+    if w.op == "linear":
+        return f"{w['m']}x{w['k']} > {w['n']}"
+    return f"{w['b']} x {w['m']}x{w['k']}x{w['n']}"
+
+
+def result_json(
+    job: Job, *, status: str, ambiguous: bool, assignment: Assignment, rows: list[LayerRow],
+    predicted_s: float, tolerance: float, own: Timed, limit_s: float | None, statistic: str,
+    baselines: dict[str, dict[str, Any]], accuracy: Accuracy, objective: float | None,
+    bound: float | None, gap: float | None, rounds: int, seconds: dict[str, float], out: Path,
+    made: Made, split: str, new_timings: int, failures: dict[str, str], estimator: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The contract's result.json."""
+    o = job.options
+    files = sum(p.stat().st_size for p in made.path.iterdir())
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    return {
+        "version": 1,
+        "status": status,
+        "ambiguous": ambiguous,
+        "model": o.model,
+        "target": job.target.name,
+        "device": job.device.name,
+        "threads": o.threads,
+        "seed": o.seed,
+        "assignment": assignment,
+        "kernels": {
+            r.name: {
+                "kernel": r.kernel,
+                "execution": r.execution,
+                "latency_source": "measured",
+            }
+            for r in rows
+        },
+        "latency_s": {
+            "budget": limit_s,
+            "statistic": statistic,
+            "predicted": predicted_s,
+            "predicted_interval": [predicted_s * (1 - tolerance), predicted_s * (1 + tolerance)],
+            "measured": own.latency_s,
+            "measured_interval": list(own.interval),
+        },
+        "baselines": baselines,
+        "accuracy": accuracy.to_json(),
+        "parity": accuracy.parity(),
+        "nbytes": {
+            "weights": made.weight_bytes,
+            "artifact": files,
+            "peak_memory": manifest["nbytes"]["peak_memory"],
+        },
+        "objective": objective,
+        "bound": bound,
+        "gap": gap,
+        "seconds": {
+            name: seconds.get(name, 0.0)
+            for name in (
+                "trace",
+                "sensitivity",
+                "profile",
+                "predict",
+                "search",
+                "compile",
+                "verify",
+            )
+        },
+        "rounds": rounds,
+        "artifact": str(out / "artifact"),
+        "report": str(out / "report.html"),
+        "data": split,
+        "sensitivity": estimator,
+        "new_timings": new_timings,
+        "failures": failures,
+        "environment": {"quality": {k: v for k, v in own.quality.items() if k != "rounds"}},
+    }

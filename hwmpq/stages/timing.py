@@ -1,0 +1,80 @@
+"""Artifacts timed against each other in one interleaved run, and against torch eager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwmpq.errors import DeviceError
+from hwmpq.measure import Cell, CellTiming, Protocol, WorkerProcess, median_interval, time_block
+from hwmpq.stages.job import Job
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of one artifact: the statistic asked for and its 95 % interval."""
+
+    latency_s: float
+    interval: tuple[float, float]
+    samples_s: tuple[float, ...]
+    quality: Mapping[str, Any]
+
+
+def time_artifacts(
+    job: Job, folders: Mapping[str, Path], statistic: str = "median", rounds: int = 25
+) -> dict[str, Timed]:
+    """Time artifacts together, in Latin-square rounds. Raises DeviceError when one cannot run."""
+    protocol = Protocol(
+        rounds=rounds, epoch_s=0.006, threads=job.options.threads, seed=job.options.seed
+    )
+    cells = [Cell(key, kind="artifact", path=str(path)) for key, path in folders.items()]
+    with WorkerProcess(job.device.prefix, threads=job.options.threads) as worker:
+        timings = time_block(cells, protocol, worker)
+    return {t.key: _timed(t, statistic) for t in timings}
+
+
+def _timed(timing: CellTiming, statistic: str) -> Timed:
+    if timing.error:
+        raise DeviceError(f"the artifact {timing.key!r} could not be timed", timing.error)
+    value, interval = summary(timing.samples_s, statistic)
+    return Timed(value, interval, timing.samples_s, timing.quality)
+
+
+def summary(samples: tuple[float, ...], statistic: str) -> tuple[float, tuple[float, float]]:
+    """The statistic of the epochs and an interval: distribution-free for the median; for a
+    percentile the value itself up to the largest epoch."""
+    if statistic == "median":
+        return float(np.median(samples)), median_interval(samples)
+    value = float(np.percentile(samples, float(statistic[1:])))
+    return value, (float(np.median(samples)), float(np.max(samples)))
+
+
+def torch_eager_s(job: Job) -> float | None:
+    """Median seconds of one call of the float torch module, eager, on the same threads.
+
+    In this process: torch is loaded here and nowhere else. None for an exported program, whose
+    module is not the user's.
+    """
+    import time
+
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(job.options.threads)
+    try:
+        module = job.model.module
+        example = job.model.example
+        samples = []
+        with torch.inference_mode():
+            for i in range(30):
+                began = time.perf_counter()
+                module(*example)
+                if i >= 5:
+                    samples.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return float(np.median(samples))

@@ -1,0 +1,164 @@
+"""The artifact's accuracy, measured on the artifact itself, and its parity with the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hwmpq import artifact
+from hwmpq.data import DataSet, call_named
+from hwmpq.errors import InputError
+from hwmpq.quantizers import Quantizers
+from hwmpq.stages.job import Job
+
+#: Test images that the exact simulator also sees, for parity.
+PARITY_IMAGES = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy:
+    """float: torch fp32; deployed: the artifact on the same images; parity with the simulator."""
+
+    metric: str
+    float_score: float
+    simulated: float
+    deployed: float
+    n: int
+    drop: float
+    drop_interval: tuple[float, float]
+    top1_agreement: float
+    max_abs: float
+    worst_layer: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "float": self.float_score,
+            "simulated": self.simulated,
+            "deployed": self.deployed,
+            "n": self.n,
+            "drop": self.drop,
+            "drop_interval": list(self.drop_interval),
+        }
+
+    def parity(self) -> dict[str, Any]:
+        return {
+            "top1_agreement": self.top1_agreement,
+            "max_abs": self.max_abs,
+            "worst_layer": self.worst_layer,
+        }
+
+
+def metric_of(job: Job, data: DataSet) -> Any:
+    """The metric's name, or the user's function. Raises InputError for an unknown one."""
+    word = job.options.metric
+    if not word:
+        return "top1" if data.labels is not None else "agreement"
+    if ":" in word:
+        found = call_named(word)
+        if not callable(found):
+            raise InputError("--metric", word, "a function")
+        return found
+    return word
+
+
+def float_logits(job: Job, data: DataSet, what: str) -> Any:
+    """The float model's outputs on a data set."""
+    from hwmpq.quantize.judge import predict
+
+    with job.progress.stage(f"float outputs on {what}", len(data)) as advance:
+        return predict(job.model.module, data, progress=_steps(advance))
+
+
+def simulated_drop(
+    job: Job, assignment: Mapping[str, str], quantizers: Quantizers, data: DataSet, reference: Any
+) -> float:
+    """Paired drop of the exact simulator on held-out calibration images, in points."""
+    import torch
+
+    from hwmpq.quantize.judge import judge, predict
+    from hwmpq.quantize.simulate import Simulator
+
+    with job.progress.stage("judge a candidate", len(data)) as advance:
+        outputs = predict(
+            Simulator(job.graph, assignment, quantizers), data, progress=_steps(advance)
+        )
+    labels = None if data.labels is None else torch.from_numpy(data.labels)
+    return float(judge(reference, outputs, labels, metric_of(job, data)).drop)
+
+
+def deployed_outputs(job: Job, folder: Path, data: DataSet, what: str) -> np.ndarray:
+    """The artifact's outputs on a data set."""
+    loaded = artifact.load(folder)
+    rows = []
+    with job.progress.stage(f"accuracy of {what}", len(data)) as advance:
+        for start in range(0, len(data), 256):
+            part = data.batch(range(start, min(start + 256, len(data))))
+            rows.append(loaded.run_samples(part, advance))
+    return np.concatenate(rows)
+
+
+def score(job: Job, outputs: np.ndarray, reference: Any, data: DataSet) -> float:
+    """The metric of some outputs."""
+    import torch
+
+    from hwmpq.quantize.judge import judge
+
+    labels = None if data.labels is None else torch.from_numpy(data.labels)
+    found = judge(reference, torch.from_numpy(outputs), labels, metric_of(job, data))
+    return float(found.simulated)
+
+
+def measure_accuracy(
+    job: Job,
+    folder: Path,
+    assignment: Mapping[str, str],
+    quantizers: Quantizers,
+    data: DataSet,
+    reference: Any,
+) -> Accuracy:
+    """Deployed against float on all images, and against the exact simulator on some."""
+    import torch
+
+    from hwmpq.quantize.judge import judge, predict
+    from hwmpq.quantize.simulate import Simulator
+
+    deployed = deployed_outputs(job, folder, data, "the artifact")
+    labels = None if data.labels is None else torch.from_numpy(data.labels)
+    metric = metric_of(job, data)
+    found = judge(reference, torch.from_numpy(deployed), labels, metric)
+    count = min(PARITY_IMAGES, len(data))
+    part = data.subset(np.linspace(0, len(data) - 1, count).astype(int))
+    picked = np.linspace(0, len(data) - 1, count).astype(int)
+    with job.progress.stage("parity with the simulator", count) as advance:
+        simulated = predict(
+            Simulator(job.graph, assignment, quantizers), part, progress=_steps(advance)
+        )
+    part_labels = None if labels is None else labels[picked]
+    simulated_score = judge(reference[picked], simulated, part_labels, metric).simulated
+    ours = simulated.numpy()
+    flat = deployed[picked].reshape(count, -1)
+    agreement = 100.0 * float((ours.reshape(count, -1).argmax(1) == flat.argmax(1)).mean())
+    replay = artifact.replay(artifact.load(folder))
+    return Accuracy(
+        found.metric if isinstance(metric, str) else job.options.metric,
+        found.float, float(simulated_score), found.simulated, found.n, found.drop,
+        found.drop_interval, agreement,
+        float(np.abs(ours - deployed[picked]).max()), replay.first_difference,
+    )  # fmt: skip
+
+
+def _steps(advance: Any) -> Any:
+    """Adapts (done, all) progress to advance(n)."""
+    before = 0
+
+    def note(done: int, _all: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return note
