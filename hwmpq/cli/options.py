@@ -66,7 +66,7 @@ TABLE: dict[str, tuple[Any, Any]] = {
     "metric": (
         _option(
             str | None, "--metric", _DATA,
-            "top1, agreement, sqnr or package.module:callable; top1 where there are labels.", "NAME",
+            "top1 (agreement without labels), agreement, sqnr, package.module:callable.", "NAME",
         ),
         None,
     ),
