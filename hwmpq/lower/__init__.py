@@ -64,5 +64,5 @@ def build(
     )
     lowered, parameters = lift_parameters(passes(module))
     calls = tuple(json.loads(str(lowered.attrs["hwmpq.calls"])))
-    executable, peak = compile_module(lowered, target)
+    executable, peak = compile_module(lowered, target, threads)
     return Built(executable, parameters, lowered, calls, peak)

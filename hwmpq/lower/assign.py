@@ -28,6 +28,9 @@ def assign_formats(assignment: Mapping[str, str], kernels: Mapping[str, str] | N
         wrong = sorted(set(names) ^ set(assignment))
         if wrong:
             raise InputError("assignment and layers differ", ", ".join(wrong), names)
+        unknown = sorted(set(kernels or {}) - set(names))
+        if unknown:
+            raise InputError("kernels chosen for unknown layers", ", ".join(unknown), names)
         formats = {name: format_named(fmt) for name, fmt in assignment.items()}
         storage = plan(
             found.graph, {n: (f.activation.name, f.weight.name) for n, f in formats.items()}

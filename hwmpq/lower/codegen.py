@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from hwmpq.lower.fallback import fallback_schedule
 from hwmpq.targets import Target
 
 
-def compile_module(module: Any, target: Target) -> tuple[Any, int]:
+def compile_module(module: Any, target: Target, threads: int = 1) -> tuple[Any, int]:
     """A tvm Executable for the target, and the bytes of activations that its plan allocates.
 
-    Unannotated operators are legalised, fused and run through a schedule that parallelises the
-    outer and vectorises the inner loop: none is shipped on TVM's scalar default.
+    Unannotated operators are legalised and run through `fallback_schedule`: none is shipped on
+    TVM's scalar default.
     """
     import tvm
     from tvm import relax
@@ -31,6 +32,7 @@ def compile_module(module: Any, target: Target) -> tuple[Any, int]:
             return tvm.transform.Sequential(
                 [
                     relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
+                    fallback_schedule(target.vector_bytes, threads),
                     relax.transform.ToNonDataflow(),
                     relax.transform.RemovePurityChecking(),
                     relax.transform.CallTIRRewrite(),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hwmpq.artifact.run import KERNEL_PREFIX
 from hwmpq.errors import InputError
 from hwmpq.formats import encoding_named, format_named
 from hwmpq.graph import Node
@@ -215,7 +216,7 @@ class _Rewriter:
 
     def _function(self, name: str, emit: Any) -> Any:
         if name not in self.functions:
-            identifier = "".join(c if c.isalnum() else "_" for c in name)
+            identifier = KERNEL_PREFIX + "".join(c if c.isalnum() else "_" for c in name)
             function = emit().with_attr("global_symbol", identifier)
             self.functions[name] = self.builder.add_func(function, identifier)
         return self.functions[name]

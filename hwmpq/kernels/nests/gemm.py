@@ -22,6 +22,7 @@ from hwmpq.kernels.decode import Decoder
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.kernels.micro import Micro
 from hwmpq.kernels.nests import Buffers, Call, Schedule
+from hwmpq.kernels.nests.operand import Operand
 from hwmpq.requantize import Z_IN
 from hwmpq.types import Workload
 
@@ -125,6 +126,9 @@ def blocks(total: int, size: int) -> list[tuple[int, int]]:
     return [(c, s) for c, s in ((full, size), (1, rest)) if c and s]
 
 
+#: Registers left over by a block: LLVM keeps broadcasts that neighbouring pixels share alive, and
+#: spills beyond this (seen: 6 × 2 blocks of 16 registers are slower than 4 × 2 on every shape).
+_SPARE = 5
 #: Bytes of decoded weights that may stay resident while rows are walked on the outside.
 _RESIDENT = 24 * 1024
 
@@ -140,7 +144,7 @@ def schedules(call: Call, micro: Micro) -> list[Schedule]:
     found: list[tuple[float, Schedule]] = []
     for rows in range(1, 15):
         for nj in (1, 2, 3, 4):
-            if rows * nj + nj + 2 > micro.registers or nj > vectors:
+            if rows * nj + nj + _SPARE > micro.registers or nj > vectors:
                 continue
             cost = sum(
                 count_r * count_v * micro.cycles(r, v, call.format)
@@ -278,34 +282,11 @@ class Emitter:
         """A block of operand b of a matmul, packed into a tile as weights are; its column sums
         times the zero point of a are what the accumulators start from."""
         ir, p, m, w = self.ir, self.p, self.micro, self.call.workload
-        k, n = w["k"], w["n"]
-        tile = ir.scratch(count * p.steps * p.width, m.w_dtype)
-        self.sums = ir.local(count * m.lanes, m.acc_dtype) if m.acc_dtype == "int32" else None
-        zero = ir.let(ir.cast(ir.load(self.bufs.scalars, Z_IN), "int32"))
-        start = image * k * n
-        for j in range(count):
-            with ir.loop(m.lanes) as lane:
-                column = (vector + j) * m.lanes + lane
-                inside = ir.minimum(column, n - 1)
-                if self.sums is not None:
-                    ir.store(self.sums, j * m.lanes + lane, ir.const(0, "int32"))
-                with ir.loop(p.steps * m.kstep) as depth:
-                    deep = ir.minimum(depth, k - 1)
-                    at = inside * k + deep if w["trans_b"] else deep * n + inside
-                    raw = ir.load(self.bufs.weight, start + at)
-                    if m.w_dtype == "float32":
-                        raw = to_f32(ir, raw, self.call.b, 1)
-                    elif m.w_dtype != memory_dtype(self.call.b):
-                        raw = ir.cast(raw, m.w_dtype)
-                    here = ir.both(ir.less(depth, k), ir.less(column, n))
-                    value = ir.let(ir.select(here, raw, ir.const(0, m.w_dtype)))
-                    step = depth // m.kstep * p.width + lane * m.kstep + depth % m.kstep
-                    ir.store(tile, j * p.steps * p.width + step, value)
-                    if self.sums is not None:
-                        total = ir.load(self.sums, j * m.lanes + lane)
-                        ir.store(
-                            self.sums, j * m.lanes + lane, total - zero * ir.cast(value, "int32")
-                        )
+        b = Operand(ir, self.call, m, self.bufs.weight, image * w["k"] * w["n"], p.steps)
+        tile = b.tile(vector, count)
+        if m.acc_dtype == "int32":
+            zero = ir.let(ir.cast(ir.load(self.bufs.scalars, Z_IN), "int32"))
+            self.sums = b.sums(tile, count, ir.const(0, "int32") - zero)
 
         def weight(first: Expr, j: int, step: Expr) -> Expr:
             return ir.load(tile, ((first + j) * p.steps + step) * p.width, p.width)
