@@ -71,10 +71,12 @@ def _refuse(error: Any, arguments: Sequence[str]) -> int:
         if what:  # older versions hand the help over instead of printing it
             print(what)
         return 2
-    where = error.ctx.command_path if getattr(error, "ctx", None) else "hwmpq"
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "hwmpq"
+    commands = getattr(context.command, "commands", None) if context else None
     told = {
-        "code": "error", "what": what, "got": " ".join(arguments), "allowed": None,
-        "next": f"See {where} --help.",
+        "code": "error", "what": what, "got": " ".join(arguments),
+        "allowed": sorted(commands) if commands else None, "next": f"See {where} --help.",
     }  # fmt: skip
     text = what if what.endswith("?") else f"{what}."
     answer = failure(told, 2, f"{text} See {where} --help.")

@@ -15,6 +15,8 @@ from hwmpq.report import words
 
 #: Names of programs that `bench --against` may time beside an artifact.
 AGAINST = ("torch", "onnxruntime", "openvino")
+#: The longest silence of the child, which loads TVM and the artifact first.
+_DEADLINE_S = 240.0
 
 
 def bench_artifact(
@@ -26,12 +28,17 @@ def bench_artifact(
         _check_against(against[0])
     runtime_only()
     from hwmpq.artifact import read_manifest
-    from hwmpq.measure import Cell, Protocol, time_block
+    from hwmpq.measure import Cell, CellTiming, Protocol, WorkerProcess
 
     manifest = read_manifest(Path(artifact))
     count = threads or int(manifest.get("threads", 1))
     cell = Cell("artifact", "artifact", path=str(Path(artifact).resolve()))
-    (timing,) = time_block([cell], Protocol(rounds=rounds, threads=count, seed=seed))
+    protocol = Protocol(rounds=rounds, threads=count, seed=seed)
+    with WorkerProcess(threads=count) as worker:
+        # time_block would compile a kernel first, for which TVM's runtime alone is not enough
+        request = {"cells": [cell.to_json()], **protocol.to_json()}
+        reply = worker.call("time", request, _DEADLINE_S)
+    timing = CellTiming.from_json(reply["cells"][0])
     if timing.error:
         raise InputError("the artifact could not be timed", timing.error)
     found = timing_json(timing.samples_s)

@@ -20,6 +20,9 @@ from hwmpq.report import words
 Array = NDArray[Any]
 #: Fewest golden samples, in %, with the same best class.
 AGREEMENT = 99.5
+#: Largest difference of an output, as a share of the largest golden output: floats are summed in
+#: another order here, and a code behind them may fall on its neighbour.
+_TOLERANCE = 0.05
 
 
 def run_artifact(artifact: str, source: Path, output: Path) -> Answer:
@@ -55,8 +58,9 @@ def verify_artifact(artifact: str, data: str | None = None, limit: int | None = 
 
     loaded = _load(artifact)
     found = replay(loaded)
-    exact_then = words.part(loaded.manifest, "parity", "exact")
-    passed = found.exact or (found.top1_agreement >= AGREEMENT and exact_then is not True)
+    passed = found.exact or (
+        found.top1_agreement >= AGREEMENT and found.max_abs <= _TOLERANCE * _largest(loaded)
+    )
     told: dict[str, Any] = {
         "version": VERSION, "artifact": str(artifact), "status": "met" if passed else "accuracy",
         "parity": {
@@ -70,7 +74,7 @@ def verify_artifact(artifact: str, data: str | None = None, limit: int | None = 
         + ("every bit is equal" if found.exact else f"largest difference {found.max_abs:.3g}")
     ]
     if found.first_difference:
-        lines.append(f"first tensor that differs: {found.first_difference}")
+        lines.append(f"first tensor that differs, if only in rounding: {found.first_difference}")
     lines.append("Verified." if passed else "NOT what was built: do not use this artifact.")
     if data is not None:
         accuracy = _accuracy(loaded, data, limit)
@@ -130,6 +134,15 @@ def _load(artifact: str) -> Any:
     except ImportError as error:
         raise InputError("the TVM runtime cannot be loaded", error, "apache-tvm",
                          "Run: pip install apache-tvm") from error  # fmt: skip
+
+
+def _largest(loaded: Any) -> float:
+    """The largest magnitude among the golden outputs."""
+    from hwmpq import tensors
+
+    arrays, _ = tensors.load(loaded.path / "golden.safetensors")
+    outputs = [array for name, array in arrays.items() if ".output." in name]
+    return max((float(np.abs(array).max(initial=0.0)) for array in outputs), default=0.0)
 
 
 def _read(path: Path) -> Array | dict[str, Array]:

@@ -139,10 +139,10 @@ def compile_(
 
     Example: hwmpq compile zoo:digits_cnn --assignment my.json --calib-data digits#train --out built
     """
+    chosen = read_assignment(assignment)
     from hwmpq.cli import tables
     from hwmpq.pipeline import compile_model
 
-    chosen = read_assignment(assignment)
     path = None if quantizers is None else str(quantizers)
     found = compile_model(shared.options(**given), chosen, path, reporter())
     return Answer(found, lambda console: tables.pairs(console, found))  # fmt: skip

@@ -44,7 +44,7 @@ def perform(body: Callable[[], Answer], as_json: bool) -> int:
         try:
             answer = body()
         except HwmpqError as error:
-            answer = failure(error.to_json(), error.exit_code, str(error))
+            answer = _deliberate(error)
         except KeyboardInterrupt:
             told = _error("interrupted", "interrupted", "Start again: what was saved is kept.")
             answer = failure(told, INTERRUPTED, "interrupted; what was saved is kept")
@@ -53,6 +53,15 @@ def perform(body: Callable[[], Answer], as_json: bool) -> int:
         if answer.note:
             print(answer.note, file=sys.stderr)
         return _print(answer, as_json, out)
+
+
+def _deliberate(error: HwmpqError) -> Answer:
+    """A worker's failure carries its traceback as the next step: that is for debugging only."""
+    told, text = error.to_json(), str(error)
+    if "Traceback (" in error.next and os.environ.get("HWMPQ_DEBUG") != "1":
+        told["next"] = "HWMPQ_DEBUG=1 shows the traceback."
+        text = f"{text.partition('. Traceback (')[0]}. {told['next']}"
+    return failure(told, error.exit_code, text)
 
 
 def _unexpected(error: Exception) -> Answer:

@@ -8,19 +8,26 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+#: Seconds between the lines of a long stage.
+_EVERY_S = 15.0
+
 
 class Lines:
-    """A line when a stage begins and one when it ends: for logs."""
+    """A line when a stage begins, one when it ends, and some on the way: for logs."""
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """A part of the work with `total` items; yields advance(n)."""
         self.note(f"{name} ..." if total is None else f"{name}: {total} ...")
-        began, count = time.monotonic(), 0
+        began = spoke = time.monotonic()
+        count = 0
 
         def advance(n: int = 1) -> None:
-            nonlocal count
+            nonlocal count, spoke
             count += n
+            if time.monotonic() - spoke > _EVERY_S:
+                spoke = time.monotonic()
+                self.note(f"{name}: {count}" + (f" of {total}" if total else ""))
 
         yield advance
         done = f", {count} done" if count else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -33,17 +33,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") 
 def quantized(console: Console, result: Any) -> None:
     """The whole result of quantize: layers, totals, baselines, verdict."""
     told = result.json
-    if result.rows:
-        heads = ["layer", "format", "kernel", "execution", "loss", "predicted", "measured"]
-        rows = [
-            [
-                r.name, r.format, r.kernel, r.execution, words.loss(r.loss),
-                words.seconds(r.predicted_s), words.seconds(r.measured_s),
-            ]
-            for r in result.rows
-        ]  # fmt: skip
-        rows.append(["", "", "", "", *_sums(result.rows)])
-        console.print(table(heads, rows))
+    if told.get("dry_run"):
+        pairs(console, told)
+        console.print(Text(f"formats: {' '.join(told.get('formats') or [])}"))
+    elif result.rows:
+        layers(console, result.rows)
     totals(console, told)
     baselines(console, told)
     console.print()
@@ -51,6 +45,27 @@ def quantized(console: Console, result: Any) -> None:
     for name in ("artifact", "report"):
         if told.get(name):
             console.print(Text(f"{name}: {told[name]}"))
+
+
+def layers(console: Console, rows: Sequence[Any]) -> None:
+    """One line per layer: what it takes, how it runs, what it costs alone."""
+    columns: dict[str, list[Any]] = {
+        "predicted": [r.predicted_s for r in rows],
+        "measured": [getattr(r, "measured_s", None) for r in rows],
+        "in fp32": [r.options.get("fp32") for r in rows],
+    }
+    shown = {name: values for name, values in columns.items() if any(values)}
+    lines = [
+        [
+            r.name, r.format, r.kernel, r.execution, words.loss(r.loss),
+            *(words.seconds(values[i]) for values in shown.values()),
+        ]
+        for i, r in enumerate(rows)
+    ]  # fmt: skip
+    sums = [_sum(words.seconds, values) for values in shown.values()]
+    lines.append(["", "", "", "", _sum(words.loss, [r.loss for r in rows]), *sums])
+    heads = ["layer", "format", "kernel", "execution", "loss", *shown]
+    console.print(table(heads, lines))
 
 
 def totals(console: Console, told: Mapping[str, Any]) -> None:
@@ -98,7 +113,7 @@ def baselines(console: Console, told: Mapping[str, Any]) -> None:
                 words.times(base.get("vs_torch_eager")),
             ]
         )  # fmt: skip
-    heads = ["format", "latency", "of ours", "accuracy", "weights", "vs torch eager"]
+    heads = ["format", "latency", "times ours", "accuracy", "weights", "vs torch eager"]
     console.print()
     console.print(table(heads, rows, "Every layer alike, same machine, same run"))
 
@@ -188,15 +203,6 @@ def _unit(name: str, value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _sums(rows: Sequence[Any]) -> list[str]:
-    """Totals of loss, predicted and measured over the rows; a dash where one is missing."""
-
-    def total(name: str) -> Any:
-        values = [getattr(row, name) for row in rows]
-        return None if any(value is None for value in values) else sum(values)
-
-    return [
-        f"Σ {words.loss(total('loss'))}",
-        f"Σ {words.seconds(total('predicted_s'))}",
-        f"Σ {words.seconds(total('measured_s'))}",
-    ]
+def _sum(show: Callable[[Any], str], values: Sequence[Any]) -> str:
+    """The total, or a dash where one value is missing."""
+    return words.NONE if any(v is None for v in values) else f"Σ {show(sum(values))}"

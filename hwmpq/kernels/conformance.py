@@ -30,7 +30,7 @@ from hwmpq.targets import Target
 from hwmpq.types import LAYER_OPS, Workload, reject_unknown
 
 #: Formats of the subset: float inputs, all integer weights, narrow sums of one and of many dots.
-KINDS = ("fp32", "bf16", "w4.fp16", "w8a8", "w8a7", "w4a8", "w2a8")
+KINDS = ("fp32", "bf16", "w4.fp16", "w8a8", "w8a7", "w5a8", "w4a8", "w2a8")
 EMULATED = "emulated intrinsic"
 
 _CHANNELS = (1, 3, 7, 17, 31, 33, 65)

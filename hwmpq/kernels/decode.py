@@ -25,7 +25,8 @@ Codes = NDArray[Any]
 class Decoder:
     """encoding of the stored codes -> dtype of the multiplied weights.
 
-    unit: vectors in one block; memory: dtype of the packed array.
+    unit: vectors in one block; rows: memory rows of `width` elements that a block takes; memory:
+    dtype of the packed array.
     pack: [vectors, width] codes (vectors a multiple of unit) -> flat packed array.
     expand(ir, src, src_at, dst, dst_at, width): emit the decoding of one block.
     identity: the packed array can be multiplied as it is.
@@ -34,6 +35,7 @@ class Decoder:
     encoding: str
     dtype: str
     unit: int
+    rows: int
     memory: str
     pack: Callable[[Codes], Codes]
     expand: Callable[[IR, Buffer, Expr, Buffer, Expr, int], None]
@@ -49,35 +51,67 @@ def _flat(codes: Codes) -> Codes:
     return np.ascontiguousarray(codes).reshape(-1)
 
 
+def fields(bits: int) -> list[tuple[int, int]]:
+    """(lowest bit, width) of the parts that a code is cut into: widths 4, 2 and 1, each of which
+    fills bytes without a gap."""
+    found, low = [], 0
+    for width in (4, 2, 1):
+        if bits - low >= width:
+            found.append((low, width))
+            low += width
+    return found
+
+
+def _unit(bits: int) -> int:
+    """Vectors of a block: as many as the narrowest field has in a byte."""
+    return 8 // min(width for _, width in fields(bits))
+
+
 def _pack_bits(bits: int) -> Callable[[Codes], Codes]:
-    """Vector j of a block goes into bit field j of every byte."""
-    per_byte = 8 // bits
+    """A block is one byte row per 8 bits of its vectors: field by field, the vectors of a row in
+    its bit positions from the lowest on."""
+    unit = _unit(bits)
 
     def pack(codes: Codes) -> Codes:
-        fields = codes.astype(np.uint8).reshape(-1, per_byte, codes.shape[1]) & ((1 << bits) - 1)
-        shifts = (np.arange(per_byte, dtype=np.uint8) * bits)[None, :, None]
-        return _flat(np.bitwise_or.reduce(fields << shifts, axis=1))
+        blocks = codes.astype(np.uint8).reshape(-1, unit, codes.shape[1])
+        rows = []
+        for low, width in fields(bits):
+            part = (blocks >> low) & ((1 << width) - 1)
+            per_byte = 8 // width
+            part = part.reshape(len(blocks), unit // per_byte, per_byte, codes.shape[1])
+            shifts = (np.arange(per_byte, dtype=np.uint8) * width)[None, None, :, None]
+            rows.append(np.bitwise_or.reduce(part << shifts, axis=2))
+        return _flat(np.concatenate(rows, axis=1))
 
     return pack
 
 
 def _expand_bits(bits: int, dtype: str) -> Callable[..., None]:
     sign = 1 << (bits - 1)
+    unit = _unit(bits)
 
     def expand(ir: IR, src: Buffer, src_at: Expr, dst: Buffer, dst_at: Expr, width: int) -> None:
         def u(value: int) -> Expr:
             return ir.const(value, "uint8", width)
 
-        packed = ir.let(ir.load(src, src_at, width))
-        for field in range(8 // bits):
-            code = packed >> u(field * bits) if field else packed
-            if field < 8 // bits - 1:
-                code = code & u((1 << bits) - 1)
+        count = bits * unit // 8
+        rows = [ir.let(ir.load(src, src_at + r * width, width)) for r in range(count)]
+        for vector in range(unit):
+            code, first = None, 0
+            for low, part in fields(bits):
+                per_byte = 8 // part
+                row, position = rows[first + vector // per_byte], vector % per_byte
+                piece = row >> u(position * part) if position else row
+                if position < per_byte - 1:
+                    piece = piece & u((1 << part) - 1)
+                piece = piece << u(low) if low else piece
+                code = piece if code is None else code | piece
+                first += unit // per_byte
             # Sign extension of a narrow two's complement field: (code ^ sign) - sign.
             extended = ir.reinterpret(code ^ u(sign), "int8", width) - ir.const(sign, "int8", width)
             if dtype != "int8":
                 extended = ir.cast(extended, dtype, width)
-            ir.store(dst, dst_at + field * width, extended, width)
+            ir.store(dst, dst_at + vector * width, extended, width)
 
     return expand
 
@@ -98,20 +132,21 @@ def _decoders() -> dict[tuple[str, str], Decoder]:
     found: list[Decoder] = []
     for encoding, dtype in (("fp32", "float32"), ("s8", "int8")):
         cast = _expand_cast(encoding, dtype)
-        found.append(Decoder(encoding, dtype, 1, dtype, _flat, cast, identity=True))
+        found.append(Decoder(encoding, dtype, 1, 1, dtype, _flat, cast, identity=True))
     for encoding in ("bf16", "fp16", "s8"):
         found.append(
             Decoder(
-                encoding, "float32", 1, memory_dtype(encoding), _flat,
+                encoding, "float32", 1, 1, memory_dtype(encoding), _flat,
                 _expand_cast(encoding, "float32"),
             )
         )  # fmt: skip
-    found.append(Decoder("s8", "int16", 1, "int8", _flat, _expand_cast("s8", "int16")))
-    for bits in (2, 4):
+    found.append(Decoder("s8", "int16", 1, 1, "int8", _flat, _expand_cast("s8", "int16")))
+    for bits in range(2, 8):
+        unit = _unit(bits)
         for dtype in ("int8", "int16", "float32"):
             found.append(
                 Decoder(
-                    f"s{bits}", dtype, 8 // bits, "uint8", _pack_bits(bits),
+                    f"s{bits}", dtype, unit, bits * unit // 8, "uint8", _pack_bits(bits),
                     _expand_bits(bits, dtype),
                 )
             )  # fmt: skip

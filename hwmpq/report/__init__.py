@@ -41,19 +41,25 @@ def markdown(
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Any], list[Any]]:
-    """A result.json, with the layers and the frontier where it holds them, else layers as its
-    assignment tells. Raises InputError for another kind of file."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError("cannot read the result", f"{path} ({error})", "result.json") from None
+    """A result.json, with layers and frontier from the rows.json beside it; without that file
+    layers as the assignment tells. Raises InputError for another kind of file."""
+    result = _json(path)
     if not isinstance(result, dict) or result.get("version") != 1 or "status" not in result:
         raise InputError(f"{path} is no result", None, "the result.json that quantize wrote")
-    rows = result.get("layers") or [
+    beside = path.with_name("rows.json")
+    more = _json(beside) if beside.is_file() else {}
+    rows = more.get("rows") or [
         {"name": name, "format": fmt, **(words.part(result, "kernels", name) or {})}
         for name, fmt in (result.get("assignment") or {}).items()
     ]
-    return result, rows, result.get("frontier") or []
+    return result, rows, more.get("frontier") or []
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError("cannot read the result", f"{path} ({error})", "result.json") from None
 
 
 def _write(

@@ -45,6 +45,9 @@ def view(
         "sources": {s: words.SOURCES[s] for s in words.SOURCES
                     if any(row["source"] == s for row in layers)},
         "refusals": _refusals(layers),
+        "failures": {str(k): str(v) for k, v in (result.get("failures") or {}).items()},
+        "timed": any(row["measured_s"] is not None for row in layers),
+        "beside": any("fp32" in row["options"] for row in layers),
         "environment": _environment(result),
         "seconds": {k: words.seconds(v) for k, v in (result.get("seconds") or {}).items()},
         "words": words,
@@ -178,7 +181,11 @@ def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [row[name] for row in layers]
         return None if not values or any(value is None for value in values) else sum(values)
 
-    return {name: total(name) for name in ("loss", "predicted_s", "measured_s")}
+    fp32 = [row["options"].get("fp32") for row in layers]
+    return {
+        **{name: total(name) for name in ("loss", "predicted_s", "measured_s")},
+        "fp32": None if None in fp32 else sum(fp32),
+    }
 
 
 def _refusals(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -197,9 +204,13 @@ def _refusals(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _environment(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = ("model", "target", "device", "threads", "seed", "rounds", "objective", "bound", "gap",
-             "artifact")  # fmt: skip
-    told = [(name, str(result[name])) for name in names if result.get(name) is not None]
+    names = ("model", "target", "device", "threads", "seed", "data", "sensitivity", "new_timings",
+             "rounds", "objective", "bound", "gap", "artifact")  # fmt: skip
+    told = [
+        (name.replace("_", " "), str(result[name]))
+        for name in names
+        if result.get(name) is not None
+    ]
     versions = ", ".join(f"{k} {v}" for k, v in toolchain.versions().items())
     return [
         *told, ("versions", versions), ("python", platform.python_version()),

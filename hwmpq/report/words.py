@@ -76,7 +76,7 @@ def part(result: Mapping[str, Any], *path: str) -> Any:
 
 def verdict(result: Mapping[str, Any]) -> str:
     """One or two sentences: what was promised, what was measured."""
-    status = result.get("status")
+    status = "dry-run" if result.get("dry_run") else result.get("status")
     measured, budget = part(result, "latency_s", "measured"), part(result, "latency_s", "budget")
     drop = part(result, "accuracy", "drop")
     time = f"{seconds(measured)} measured" if _number(measured) else "nothing was measured"
@@ -89,8 +89,7 @@ def verdict(result: Mapping[str, Any]) -> str:
         "infeasible": f"Infeasible: no choice of formats meets {limit}.",
         "accuracy": f"Too inaccurate: {time}, but the accuracy drop is larger than allowed.",
         "slower": f"Slower: {time}, which is more than the fp32 model takes here.",
-        "planned": "Planned only: nothing was compiled or measured.",
-        "dry-run": "Planned only: nothing was compiled or measured.",
+        "dry-run": "Planned only: no network was compiled.",
     }
     text = sentences.get(str(status), f"{str(status).capitalize()}.")
     if status == "missed" and result.get("ambiguous"):

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from hwmpq.errors import InputError
+from hwmpq.formats import format_named
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages.job import Images, Job
 from hwmpq.stages.menu import Menu
@@ -111,7 +112,8 @@ class Violations:
 
 def monotone_violations(found: Sensitivity) -> Violations:
     """Counted and reported: on real nets a few are normal (noise of the images)."""
-    order = [f for f in ("w8a8", "w4a8", "w2a8") if f in found.formats]
+    family = [f for f in found.formats if format_named(f).is_integer]
+    order = sorted(family, key=lambda f: -format_named(f).rank)
     cells = []
     for i, layer in enumerate(found.layers):
         for wide, narrow in pairwise(order):

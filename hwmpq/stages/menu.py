@@ -15,7 +15,7 @@ from hwmpq.targets import Target
 from hwmpq.types import BoolArray, Network
 
 #: What is offered when nothing is asked for, as far as the target has kernels for it.
-DEFAULT = ("fp32", "bf16", "w8a8", "w4a8", "w2a8")
+DEFAULT = ("fp32", "bf16", "w8a8", "w6a8", "w5a8", "w4a8", "w2a8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,12 @@ def make_menu(
         [[name in kernels[layer.name] for name in offered] for layer in network.layers], bool
     )
     _apply_pins(network, offered, legal, reasons, pins)
+    for name in set(offered) - {*asked, "fp32"}:
+        column = offered.index(name)
+        for i, layer in enumerate(network.layers):
+            if legal[i, column] and not _is_pinned(layer.name, name, pins):
+                legal[i, column] = False
+                reasons[layer.name][name] = "only where --pin names it"
     if formats and "fp32" not in asked:
         column = offered.index("fp32")
         for i, layer in enumerate(network.layers):
@@ -74,7 +80,15 @@ def make_menu(
             if legal[i].sum() > 1 and not _is_pinned(layer.name, "fp32", pins):
                 legal[i, column] = False
                 reasons[layer.name]["fp32"] = "not among --formats"
-    return Menu(offered, legal, reasons, kernels, _tie_groups(network, ties))
+    groups = _tie_groups(network, ties)
+    for group in groups:
+        rows = [i for i, name in enumerate(network.names) if name in group]
+        if not legal[rows].all(axis=0).any():
+            raise InputError(
+                "tied layers have no format in common", ", ".join(group), None,
+                "Loosen --pin, --formats or --tie.",
+            )  # fmt: skip
+    return Menu(offered, legal, reasons, kernels, groups)
 
 
 def uniform(menu: Menu, network: Network, name: str) -> tuple[dict[str, str], list[str]]:

@@ -161,7 +161,7 @@ def run(
     return np.asarray(result.numpy())
 
 
-@pytest.mark.parametrize("encoding", ["s8", "s4", "s2"])
+@pytest.mark.parametrize("encoding", ["s8", "s7", "s6", "s5", "s4", "s3", "s2"])
 @pytest.mark.parametrize("dtype", ["int8", "int16", "float32"])
 def test_decoders_give_every_code_back(encoding: str, dtype: str) -> None:
     d = decoder(encoding, dtype)
@@ -175,7 +175,7 @@ def test_decoders_give_every_code_back(encoding: str, dtype: str) -> None:
 
     def body(ir: IR, src: Sequence[Any], out: Any) -> None:
         with ir.loop(vectors // d.unit) as block:
-            d.expand(ir, src[0], block * width, out, block * d.unit * width, width)
+            d.expand(ir, src[0], block * d.rows * width, out, block * d.unit * width, width)
 
     got = run(body, [packed], np.zeros(codes.size, dtype))
     np.testing.assert_array_equal(got, codes.reshape(-1).astype(dtype))

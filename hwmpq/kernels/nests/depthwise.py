@@ -105,7 +105,8 @@ class Depthwise(Nest):
         tile = ir.scratch(vectors * steps * micro.lanes, dtype)
         with ir.loop(vectors * steps // decoder.unit) as block:
             decoder.expand(
-                ir, bufs.weight, block * micro.lanes, tile, block * decoder.unit * micro.lanes,
+                ir, bufs.weight, block * decoder.rows * micro.lanes, tile,
+                block * decoder.unit * micro.lanes,
                 micro.lanes,
             )  # fmt: skip
         return tile, steps

@@ -264,12 +264,12 @@ class Emitter:
             source = self.bufs.weight
         else:
             source = ir.scratch(count * p.steps * p.width, self.micro.w_dtype)
-            unit = self.decoder.unit
-            per_vector = p.width // unit if self.decoder.memory == "uint8" and unit > 1 else p.width
-            with ir.loop(count * p.steps // unit) as block:
-                self.decoder.expand(
-                    ir, self.bufs.weight, start * per_vector + block * unit * per_vector,
-                    source, block * unit * p.width, p.width,
+            d = self.decoder
+            packed = start // d.unit * d.rows * p.width
+            with ir.loop(count * p.steps // d.unit) as block:
+                d.expand(
+                    ir, self.bufs.weight, packed + block * d.rows * p.width,
+                    source, block * d.unit * p.width, p.width,
                 )  # fmt: skip
             start = 0
 

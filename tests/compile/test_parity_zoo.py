@@ -1,0 +1,182 @@
+"""Every zoo model compiled: the artifact is the simulator, end to end and layer by layer.
+
+An all-integer network is bit exact. Behind a float operator or layer the sums run in another
+order: there, each layer is compared given the artifact's own operands, at most one code or one unit
+in the last place away, and the whole by its class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tvm
+from torch import Tensor
+
+from hwmpq import data, lower, targets, zoo
+from hwmpq.formats import encoding_named
+from hwmpq.frontend.relax_module import relax_module
+from hwmpq.frontend.torch_export import trace
+from hwmpq.graph import Graph
+from hwmpq.lower.layout import NHWC, layouts
+from hwmpq.quantize.calibrate import calibrate
+from hwmpq.quantize.simulate import Simulator
+from hwmpq.quantizers import Quantizers
+from hwmpq.storage import is_integer
+
+torch.set_num_threads(1)
+TARGET = targets.native()
+MENU = ("fp32", "w8a8", "w4a8", "bf16")
+#: Weights by model, in the shared folder; without it and for the others: seeded random ones, whose
+#: classes are next to ties.
+WEIGHTS = {
+    "resnet20_cifar": "resnet20_cifar10.safetensors",
+    "resnet56_cifar": "resnet56_cifar10.safetensors",
+    "mobilenet_v2_tf": "mobilenet_v2_tf.safetensors",
+    "squeezenet1_1": "squeezenet1_1.safetensors",
+    "vit_tiny": "deit_tiny.safetensors",
+}
+#: Operators of a graph after which sums are taken in floats.
+FLOATS = {"mean", "gelu", "softmax", "layer_norm", "avg_pool2d"}
+#: The drift that is let pass at the outputs, as a share of the largest one: rounding of codes turns
+#: a last bit into a step, and twelve blocks of attention make more of it.
+DRIFT = {"vit_tiny": 0.35}
+ULP = {"fp32": 2.0**-18, "bf16": 2.0**-7, "fp16": 2.0**-10}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A traced and calibrated model."""
+
+    graph: Graph
+    quantizers: Quantizers
+    images: Tensor
+    trained: bool
+
+    def uniform(self, fmt: str) -> dict[str, str]:
+        return {node.name: fmt for node in self.graph.layers}
+
+    def mixed(self, seed: int) -> dict[str, str]:
+        rng = np.random.default_rng(seed)
+        narrow = [f for f in MENU if f != "w4a8"]
+        return {
+            n.name: str(rng.choice(narrow if n.op == "matmul" else MENU)) for n in self.graph.layers
+        }
+
+
+def images(name: str, shape: tuple[int, ...], count: int) -> Tensor:
+    """Digits, or smooth noise: something with edges and plains."""
+    if name == "digits_cnn":
+        return torch.from_numpy(data.load("digits").batch(range(count)))
+    generator = torch.Generator().manual_seed(4)
+    coarse = torch.randn(count, shape[1], shape[2] // 8, shape[3] // 8, generator=generator)
+    fine = torch.randn(count, *shape[1:], generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=shape[2:]) + 0.2 * fine
+
+
+@pytest.fixture(scope="module", params=zoo.names())
+def case(request: pytest.FixtureRequest) -> Case:
+    name = request.param
+    weights = None
+    if name in WEIGHTS:
+        try:
+            weights = Path(request.getfixturevalue("shared_data")) / "weights" / WEIGHTS[name]
+        except pytest.skip.Exception:
+            weights = None
+    if weights is not None and not weights.is_file():
+        weights = None
+    model = zoo.build(name, weights)
+    small = model.input_shape[-1] < 64
+    x = images(name, model.input_shape, 8 if small else 1)
+    graph = trace(model.module, (x[:1],))
+    return Case(graph, calibrate(graph, [x], MENU), x, weights is not None or name == "digits_cnn")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What an artifact gave for one image: its first output, and every kernel's result by name."""
+
+    output: np.ndarray
+    written: dict[str, np.ndarray]
+
+
+def run(built: lower.Built, x: Tensor) -> Run:
+    machine = tvm.relax.VirtualMachine(built.executable, tvm.cpu())
+    seen = []
+
+    def after(_f: object, name: str, before: bool, _r: object, *args: object) -> int:
+        if not before and name.startswith("hwmpq_"):
+            seen.append(args[-1].numpy().copy())  # type: ignore[attr-defined]
+        return 0
+
+    machine.set_instrument(after)
+    arrays = [tvm.runtime.tensor(a) for a in (x.numpy(), *built.parameters.values())]
+    output = machine["main"](*arrays).numpy()
+    return Run(output, dict(zip(built.calls, seen, strict=True)))
+
+
+def held(raw: np.ndarray, encoding: str, layout: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor in memory as the simulator holds it."""
+    if layout == NHWC:
+        n, c, h, w = shape
+        raw = raw.reshape(n, h, w, c).transpose(0, 3, 1, 2)
+    raw = np.ascontiguousarray(raw.reshape(shape))
+    if is_integer(encoding):
+        return torch.from_numpy(raw.astype(np.float32))
+    return torch.from_numpy(np.array(encoding_named(encoding).dequantize(raw)))
+
+
+def compare(simulator: Simulator, found: Run, x: Tensor) -> None:
+    """Each node on the artifact's own operands."""
+    graph, does = simulator.graph, simulator._does
+    stored, layout = simulator.resolved.plan.stored, layouts(graph)
+    tensors = {name: does.store(name, x) for name in graph.inputs}
+    for node in graph.nodes:
+        args = [does.read(node, i, tensors[t]) for i, t in enumerate(node.inputs)]
+        want = (does.layer if node.is_layer else does.glue)(node, args)
+        if node.name not in found.written:  # a view
+            tensors[node.name] = want
+            continue
+        encoding = stored[node.name]
+        mine = held(found.written[node.name], encoding, layout[node.name], graph.tensors[node.name])
+        tensors[node.name] = mine
+        differs = (mine - want).abs()
+        if not is_integer(encoding):
+            # A sum's last bits belong to its terms; of a small sum of large terms they are larger.
+            bound = ULP[encoding] * want.abs().clamp(min=1e-3 * float(want.abs().max()))
+            if encoding == "fp32":
+                bound = ULP[encoding] * want.abs().max()
+            assert bool((differs <= bound).all()), (node.name, encoding, float(differs.max()))
+            continue
+        integer = node.is_layer and simulator.resolved.layers[node.name].epilogue.integer
+        exact = integer or (not node.is_layer and node.op not in FLOATS)
+        assert float(differs.max()) <= (0 if exact else 1), (node.name, encoding)
+        assert float((differs > 0).float().mean()) < 1e-3, node.name
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "mix"])
+def test_the_artifact_is_the_simulator(
+    case: Case, kind: str, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.params["case"]
+    assignment = case.uniform("w8a8") if kind == "w8a8" else case.mixed(len(name))
+    built = lower.build(relax_module(case.graph), assignment, case.quantizers, TARGET)
+    simulator = Simulator(case.graph, assignment, case.quantizers)
+    ops = {node.op for node in case.graph.nodes}
+    last = case.graph.nodes[-1]
+    integers = kind == "w8a8" and not ops & (FLOATS - {"mean"}) and last.op == "linear"
+    for x in case.images.split(1):
+        found = run(built, x)
+        with torch.inference_mode():
+            want = simulator(x)[0].numpy()
+            compare(simulator, found, x)
+        worst, scale = np.abs(found.output - want).max(), np.abs(want).max()
+        if integers:
+            assert np.array_equal(found.output, want)
+            continue
+        assert worst <= DRIFT.get(name, 0.05) * scale
+        if case.trained and name != "vit_tiny":
+            assert found.output.argmax() == want.argmax()

@@ -1,0 +1,316 @@
+"""The command line without tvm or torch: help, JSON, exit codes, options, solve, listings."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hwmpq.cli
+from hwmpq import targets
+from hwmpq.cli import options, output
+from hwmpq.cli.output import Answer, perform
+from hwmpq.errors import DeviceError, InfeasibleError, InputError, InternalError
+
+COMMANDS = [
+    *("quantize", "frontier", "inspect", "sensitivity", "profile", "search", "solve", "compile"),
+    *("run", "bench", "verify", "targets", "devices", "doctor", "report"),
+    *("target probe", "target check", "cost-model train", "cost-model eval", "cost-model predict"),
+    *("store ls", "store path", "store export", "store import", "store prune"),
+]
+PROBLEM = {
+    "version": 1,
+    "layers": ["a", "b"],
+    "formats": ["fp32", "w8a8"],
+    "loss": [[0.0, 1.0], [0.0, 3.0]],
+    "latency_s": [[4e-3, 1e-3], [4e-3, 1e-3]],
+    "budgets": {"latency_s": 5e-3},
+}
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = hwmpq.cli.main([str(a) for a in arguments])
+        told = capfd.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def problem(tmp_path: Path) -> Path:
+    path = tmp_path / "problem.json"
+    path.write_text(json.dumps(PROBLEM))
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(cli: Any, command: str) -> None:
+    code, out, _ = cli(*command.split(), "--help")
+    assert code == 0
+    text = " ".join(re.sub(r"[│╭╰─╮╯]", " ", out).split())
+    assert f"Example: hwmpq {command}" in text
+    assert "--json" in text and "--seed" in text
+
+
+def test_help_lists_every_command_and_is_quick() -> None:
+    began = time.perf_counter()
+    code = "import sys; sys.argv = ['hwmpq', '--help']; from hwmpq.cli import main; main()\n"
+    code += "print(*sorted({'torch', 'tvm', 'numpy', 'xgboost', 'ortools'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert time.perf_counter() - began < 5.0  # a bound for a crowded machine; alone it is 0.3 s
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert command.split()[0] in done.stdout
+    assert done.stdout.splitlines()[-1] == "", "something heavy was imported"
+
+
+def test_version(cli: Any) -> None:
+    code, out, _ = cli("--version")
+    assert code == 0 and re.fullmatch(r"\d+\.\d+\.\d+\n", out)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("quantise x --json", ["No such command", "quantize"]),
+        ("solve --json", ["Missing argument"]),
+        ("solve x --jsson --json", ["No such option", "--json"]),
+        ("solve x --time-limit soon --json", ["time-limit", "number"]),
+        ("store ll --json", ["No such command"]),
+    ],
+)
+def test_usage_errors_are_one_json_object(cli: Any, line: str, words: list[str]) -> None:
+    code, out, _ = cli(*line.split())
+    told = json.loads(out)
+    assert code == 2
+    assert (told["version"], told["status"]) == (1, "error")
+    assert set(told["error"]) == {"code", "what", "got", "allowed", "next"}
+    for word in words:
+        assert word in told["error"]["what"]
+    assert "--help" in told["error"]["next"]
+    assert ("quantize" in (told["error"]["allowed"] or [])) == line.startswith("quantise")
+
+
+def test_usage_errors_for_people_leave_stdout_empty(cli: Any) -> None:
+    code, out, err = cli("solve")
+    assert (code, out) == (2, "")
+    assert "Missing argument" in err and "hwmpq solve --help" in err
+
+
+def test_nothing_asked_shows_help(cli: Any) -> None:
+    code, out, err = cli()
+    assert code == 2 and "quantize" in out + err
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "status", "code"),
+    [
+        (InputError("bad thing", 3, "4", "Do that."), 2, "error", "error"),
+        (InfeasibleError("no plan", "1 ms", "2 ms"), 3, "infeasible", "infeasible"),
+        (DeviceError("gone"), 7, "error", "device"),
+        (InternalError("broken promise"), 70, "error", "internal"),
+        (ZeroDivisionError("x / 0"), 70, "error", "internal"),
+        (KeyboardInterrupt(), 130, "error", "interrupted"),
+    ],
+)
+def test_every_failure_has_its_exit_code(
+    capfd: pytest.CaptureFixture[str], error: BaseException, exit_code: int, status: str, code: str
+) -> None:
+    def body() -> Answer:
+        raise error
+
+    assert perform(body, as_json=True) == exit_code
+    out, err = capfd.readouterr()
+    told = json.loads(out)
+    assert (told["status"], told["error"]["code"]) == (status, code)
+    assert "Traceback" not in err
+    assert perform(body, as_json=False) == exit_code
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith(("error:", "error: interrupted"))
+
+
+def test_traceback_only_when_asked(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HWMPQ_DEBUG", "1")
+    assert perform(lambda: Answer({"x": 1 // 0}), as_json=True) == 70
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_a_workers_traceback_too(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body() -> Answer:
+        raise DeviceError("time failed", "x", next="Traceback (most recent call last):\n  secret")
+
+    assert perform(body, as_json=True) == 7
+    out, err = capfd.readouterr()
+    assert "secret" not in out + err and "HWMPQ_DEBUG=1" in json.loads(out)["error"]["next"]
+    monkeypatch.setenv("HWMPQ_DEBUG", "1")
+    assert perform(body, as_json=True) == 7
+    assert "secret" in capfd.readouterr().err
+
+
+def test_what_libraries_print_does_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    def body() -> Answer:
+        import ctypes
+        import os
+
+        print("python noise")
+        os.write(1, b"descriptor noise\n")
+        ctypes.CDLL(None).puts(b"C noise")
+        return Answer({"a": float("nan"), "b": {1, 2}, "c": Path("x")})
+
+    assert perform(body, as_json=True) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"a": None, "b": [1, 2], "c": "x"}
+    assert err.count("noise") == 3
+    print("stdout is itself again")
+    assert "itself" in capfd.readouterr().out
+
+
+def test_plain_makes_json_of_arrays() -> None:
+    import numpy as np
+
+    given = {"x": np.float32(0.5), "y": np.array([[1, 2]]), "z": (np.int64(3), None), 4: True}
+    assert output.plain(given) == {"x": 0.5, "y": [[1, 2]], "z": [3, None], "4": True}
+
+
+def test_solve_answers_with_the_contracts_keys(cli: Any, problem: Path) -> None:
+    code, out, _ = cli("solve", problem, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["status"] == "optimal"
+    assert told["choice"] == {"a": "w8a8", "b": "fp32"}
+    assert told["latency_s"] == pytest.approx(5e-3)
+    keys = "status choice objective raw_objective bound gap latency_s nbytes bops seconds"
+    assert set(told) == set(keys.split())
+    code, out, _ = cli("solve", problem, "--search", "exhaustive")
+    assert code == 0 and "optimal" in out and "b  fp32" in out
+
+
+def test_solve_infeasible_names_the_least(cli: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(PROBLEM | {"budgets": {"latency_s": 1e-3}}))
+    code, out, err = cli("solve", path, "--json")
+    told = json.loads(out)
+    assert code == 3 and told["status"] == "infeasible"
+    assert told["least"]["latency_s"] == pytest.approx(2e-3)
+    assert "0.002" in err
+
+
+def test_unknown_names_come_with_the_nearest(cli: Any, problem: Path) -> None:
+    code, out, _ = cli("solve", problem, "--search", "ilpp", "--json")
+    error = json.loads(out)["error"]
+    assert code == 2 and "ilp" in error["allowed"] and "Nearest: ilp" in error["next"]
+    code, out, _ = cli("target", "probe", "x86-avx3", "--json")
+    assert code == 2 and "x86-avx2" in json.loads(out)["error"]["next"]
+
+
+def test_solve_refuses_a_missing_file(cli: Any, tmp_path: Path) -> None:
+    code, out, _ = cli("solve", tmp_path / "none.json", "--json")
+    assert code == 2 and "none.json" in json.loads(out)["error"]["got"]
+
+
+def test_targets_lists_all(cli: Any) -> None:
+    code, out, _ = cli("targets", "--json")
+    told = json.loads(out)
+    assert code == 0 and [row["name"] for row in told["targets"]] == targets.names()
+    for row in told["targets"]:
+        assert row["runs_here"] == (not row["missing"])
+    code, out, _ = cli("targets")
+    assert code == 0 and all(name in out for name in targets.names())
+
+
+def test_devices_shows_this_machine(cli: Any) -> None:
+    code, out, _ = cli("devices", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["here"]["cores"] >= 1
+    assert "local" in [row["name"] for row in told["devices"]]
+    assert "local" in cli("devices")[1]
+
+
+def test_target_probe(cli: Any) -> None:
+    code, out, _ = cli("target", "probe", "x86-avx2", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["target"] == "x86-avx2" and "fp32" in told["formats"]
+
+
+def test_store_commands(cli: Any, tmp_path: Path) -> None:
+    from hwmpq.measure.store import Store
+    from hwmpq.types import Measurement, Workload
+
+    place = tmp_path / "a.sqlite"
+    workload = Workload.make("linear", m=1, k=2, n=3)
+    with Store.open(place) as store:
+        for seconds in (1e-3, 2e-3):
+            store.put(Measurement("k", workload, "fp32", "x", 1, (seconds,)), "t", "machine")
+        store.put(Measurement("bad", workload, "w8a8", "x", 1, error="crashed"), "t", "machine")
+    assert json.loads(cli("store", "path", "--store", place, "--json")[1])["store"] == str(place)
+    told = json.loads(cli("store", "ls", "--store", place, "--json")[1])
+    (group,) = told["groups"]
+    assert (group["cells"], group["failed"], group["target"]) == (2, 1, "t")
+    assert "machine" in cli("store", "ls", "--store", place)[1]
+    file = tmp_path / "all.jsonl"
+    assert json.loads(cli("store", "export", file, "--store", place, "--json")[1])["rows"] == 3
+    other = tmp_path / "b.sqlite"
+    assert json.loads(cli("store", "import", file, "--store", other, "--json")[1])["rows"] == 3
+    assert json.loads(cli("store", "import", file, "--store", other, "--json")[1])["rows"] == 0
+    told = json.loads(cli("store", "prune", "--store", place, "--json")[1])
+    assert told["dropped"] == {"replaced by a newer row": 1} and not told["done"]
+    told = json.loads(cli("store", "prune", "--yes", "--failed", "--store", place, "--json")[1])
+    assert told["done"] and Path(told["backup"]).is_file()
+    with Store.open(place) as store:
+        (left,) = store.measurements()
+        assert left.latency_s == 2e-3
+    with Store.open(told["backup"]) as store:
+        assert len(store.measurements()) == 2
+    assert cli("store", "import", tmp_path / "none.jsonl", "--json")[0] == 2
+
+
+def test_lost_store_is_exit_7(cli: Any, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.sqlite"
+    broken.write_bytes(b"no database, whatever one may think" * 100)
+    code, out, _ = cli("store", "ls", "--store", broken, "--json")
+    assert code == 7 and json.loads(out)["error"]["code"] == "store"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("10m", 600), ("2 h", 7200), (None, None)]
+)
+def test_durations(text: str | None, seconds: float | None) -> None:
+    assert options.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-3", "0", "5 days"])
+def test_bad_durations(text: str) -> None:
+    with pytest.raises(InputError, match="a time"):
+        options.duration(text)
+
+
+def test_shapes_and_words() -> None:
+    assert options.shape("1,3,224,224") == (1, 3, 224, 224)
+    assert options.shape("1x3x8x8") == (1, 3, 8, 8)
+    assert options.words("fp32, w8a8,,bf16") == ["fp32", "w8a8", "bf16"]
+    with pytest.raises(InputError, match="--input-shape"):
+        options.shape("1,3,-1")
+
+
+def test_report_command_refuses_other_files(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("[1]")
+    assert cli("report", tmp_path, "--json")[0] == 2
+    assert cli("report", tmp_path / "no.json", "--json")[0] == 2
+    (tmp_path / "result.json").write_text('{"version": 1, "status": "met"}')
+    code, out, _ = cli("report", tmp_path, "--out", tmp_path / "x.pdf", "--json")
+    assert code == 2 and "NAME.html" in json.loads(out)["error"]["allowed"]
+    assert cli("report", tmp_path, "--out", tmp_path / "x.md", "--json")[0] == 0
