@@ -1,0 +1,90 @@
+"""Is the price of a plan its time? Random mixed assignments, predicted against measured.
+
+    python tools/bench/additivity.py zoo:resnet20_cifar --calib-data npz:train.npz [--plans 10]
+
+Cells come from the store (and are measured where it lacks them); the overhead is fitted on the
+uniform artifacts alone. Every plan is compiled and timed in one interleaved run with those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from hwmpq.measure import WorkerProcess
+from hwmpq.pipeline import Bench, Clock, Facts
+from hwmpq.stages.facts import calibrate
+from hwmpq.stages.job import Options, Silent, load_images, open_job
+from hwmpq.stages.latency import fit_overhead, price, profile
+from hwmpq.stages.menu import make_menu
+from hwmpq.types import Sensitivity
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--weights")
+    parser.add_argument("--calib-data", required=True)
+    parser.add_argument("--plans", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", default="native")
+    words = parser.parse_args()
+    options = Options(
+        words.model, weights=words.weights, calib_data=words.calib_data, target=words.target,
+        seed=words.seed, calib=64,
+    )  # fmt: skip
+    job = open_job(options, Silent())
+    images = load_images(job)
+    menu = make_menu(job.network, job.target)
+    latency = profile(job, menu)
+    quantizers = calibrate(job, images, menu)
+    none = Sensitivity(job.network.names, menu.formats, np.zeros((0, 0)), "none", 0)
+    rng = np.random.default_rng(words.seed)
+    facts = Facts(images, menu, quantizers, none, latency)
+    with tempfile.TemporaryDirectory() as folder, WorkerProcess(threads=1) as worker:
+        bench = Bench(job, facts, Clock(), Path(folder), worker)
+        bench.add_baselines()
+        plans = []
+        for i in range(words.plans):
+            plan = {n: str(rng.choice(sorted(menu.kernels[n]))) for n in job.network.names}
+            plans.append(plan)
+            bench.baselines[f"random{i}"] = bench.compile(plan, f"random{i}")
+        timed = bench.time()
+    uniform = [
+        (made.assignment, timed[name].latency_s)
+        for name, made in bench.baselines.items()
+        if not name.startswith("random")
+    ]
+    latency = fit_overhead(job, latency, uniform)
+    rows = []
+    for name, made in bench.baselines.items():
+        predicted, measured = price(job, made.assignment, latency), timed[name].latency_s
+        rows.append({"plan": name, "predicted_s": predicted, "measured_s": measured})
+        print(f"{name:10s} {predicted * 1e3:9.4f} ms {measured * 1e3:9.4f} ms "
+              f"{predicted / measured:6.3f}", file=sys.stderr)  # fmt: skip
+    random = [r for r in rows if str(r["plan"]).startswith("random")]
+    errors = np.array([abs(r["predicted_s"] / r["measured_s"] - 1) for r in random])
+    print(
+        json.dumps(
+            {
+                "model": words.model,
+                "target": job.target.name,
+                "overhead_s": latency.overhead_s,
+                "worst_error": float(errors.max()),
+                "median_error": float(np.median(errors)),
+                "within_10_percent": int((errors <= 0.10).sum()),
+                "plans": len(random),
+                "rows": rows,
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
