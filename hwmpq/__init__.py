@@ -15,7 +15,7 @@ _EXPORTS = {
     "quantize": "hwmpq.pipeline",
     "Result": "hwmpq.pipeline",
     "load": "hwmpq.artifact",
-    "trace": "hwmpq.frontend",
+    "trace": "hwmpq.frontend.torch_export",
     "Target": "hwmpq.targets",
 }
 __all__ = ["Result", "Target", "load", "quantize", "trace"]

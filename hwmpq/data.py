@@ -100,9 +100,32 @@ def load(
         found = _call(spec)
     else:
         raise InputError("unknown form of data", repr(spec), FORMS)
-    found = replace(found, name=spec)
-    _check(found, input_shape, classes)
-    return replace(found, digest=_digest(found))
+    return checked(replace(found, name=spec), input_shape, classes)
+
+
+def from_arrays(images: Any, labels: Any = None, name: str = "arrays") -> DataSet:
+    """Arrays or torch tensors as a data set that is normalized already; `checked` completes it.
+
+    images: float32 [N, C, H, W]; labels: int [N] or None. Raises InputError.
+    """
+    pixels = np.asarray(images)
+    if pixels.dtype == np.float64:
+        pixels = pixels.astype(np.float32)
+    if pixels.ndim != 4 or pixels.dtype != np.float32:
+        raise InputError(
+            "images", f"{pixels.dtype} {pixels.shape}", "float32 [N, C, H, W], normalized",
+            "For uint8 images give a hwmpq.data.DataSet, which has mean and std.",
+        )  # fmt: skip
+    found = None if labels is None else _labels(np.asarray(labels))
+    return DataSet(pixels, found, (0.0,), (1.0,), name)
+
+
+def checked(
+    data: DataSet, input_shape: Sequence[int] | None = None, classes: int | None = None
+) -> DataSet:
+    """The data set with its digest. Raises InputError as `load` does."""
+    _check(data, input_shape, classes)
+    return replace(data, digest=_digest(data))
 
 
 def split(dataset: DataSet, n_calib: int, seed: int = 0) -> tuple[DataSet, DataSet]:

@@ -3,7 +3,7 @@
 open_job          the model becomes one canonical graph
 make_menu         which formats each layer may take on the target
 calibrate         scales, zero points, rounded weights
-profile           seconds of every cell, measured, into the store
+profile           seconds of every cell, measured, into the store; fill_in: or predicted
 sensitivities     how much the loss grows per layer and format
 make_problem      arrays; solve: the plan that is proven best
 make_artifact     compiled; timed beside the fp32 and uniform artifacts; its accuracy measured
@@ -12,15 +12,19 @@ and, where measured and predicted disagree, corrected and solved again
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hwmpq.errors import InfeasibleError
+from hwmpq import data
+from hwmpq.data import DataSet
+from hwmpq.errors import InfeasibleError, InputError
+from hwmpq.measure import WorkerProcess
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages import budget as budgets
 from hwmpq.stages.build import Made, make_artifact
@@ -34,11 +38,37 @@ from hwmpq.stages.choose import (
     within,
 )
 from hwmpq.stages.facts import calibrate, monotone_violations, sensitivities
-from hwmpq.stages.job import Images, Job, Options, Progress, Silent, load_images, open_job
-from hwmpq.stages.latency import LatencyFacts, fit_overhead, price, profile, table
+from hwmpq.stages.job import (
+    Images,
+    Job,
+    Options,
+    Progress,
+    Silent,
+    classes,
+    divide,
+    input_shape,
+    load_images,
+    open_job,
+)
+from hwmpq.stages.latency import (
+    LatencyFacts,
+    fit_overhead,
+    overhead_key,
+    price,
+    profile,
+    table,
+)
 from hwmpq.stages.menu import Menu, make_menu, uniform
-from hwmpq.stages.result import EXIT_CODES, LayerRow, Result, layer_rows, result_json
-from hwmpq.stages.timing import Timed, time_artifacts, torch_eager_s
+from hwmpq.stages.predicted import fill_in, spread
+from hwmpq.stages.result import (
+    EXIT_CODES,
+    LayerRow,
+    Result,
+    check_place,
+    layer_rows,
+    result_json,
+)
+from hwmpq.stages.timing import Timed, stored_times, time_artifacts, torch_eager_s
 from hwmpq.stages.verify import (
     Accuracy,
     deployed_outputs,
@@ -49,7 +79,10 @@ from hwmpq.stages.verify import (
 )
 from hwmpq.types import Assignment, Problem, Sensitivity
 
-__all__ = ["EXIT_CODES", "LayerRow", "Options", "Progress", "Result", "quantize_model"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["EXIT_CODES", "LayerRow", "Options", "Progress", "Result", "quantize", "quantize_model"]
 
 MAX_ROUNDS = 5
 #: Uniform artifacts that every plan is compared with, where the target runs them.
@@ -85,21 +118,35 @@ class Facts:
     latency: LatencyFacts
 
 
-def gather(job: Job, clock: Clock, images: Images | None = None) -> Facts:
+def gather(job: Job, clock: Clock, images: Images) -> Facts:
     """Menu, calibration, cell times and sensitivities; what the store has is not made again."""
-    images = images or load_images(job)
     o = job.options
     menu = make_menu(job.network, job.target, o.formats, o.pins, o.ties)
+    limit = budgets.parse_latency(o.latency)
+    if limit and limit.of not in baseline_names(menu):
+        raise InputError(f"budget relative to {limit.of!r}", None, baseline_names(menu))
     with clock.time("sensitivity"):
         quantizers = calibrate(job, images, menu)
     with clock.time("profile"):
         latency = profile(job, menu)
+    with clock.time("predict"):
+        latency = fill_in(job, menu, latency)
     with clock.time("sensitivity"):
         loss = sensitivities(job, images, menu, quantizers)
     strange = monotone_violations(loss)
     if strange.cells:
         job.progress.note(f"loss not monotone in bits: {', '.join(strange.cells[:5])}")
     return Facts(images, menu, quantizers, loss, latency)
+
+
+def fp32_bytes(job: Job) -> int:
+    """Bytes of the layers' parameters in fp32: what relative sizes are relative to."""
+    return 4 * sum(layer.parameters + layer.bias for layer in job.network.layers)
+
+
+def baseline_names(menu: Menu) -> list[str]:
+    """The uniform artifacts that the target can run."""
+    return [name for name in BASELINES if name in menu.formats or name == "fp32"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,15 +173,17 @@ class Attempt:
 
 
 class Bench:
-    """Compiles plans beside the uniform artifacts and times them together."""
+    """Compiles plans beside the uniform artifacts and times them together, in one worker."""
 
-    def __init__(self, job: Job, facts: Facts, clock: Clock, folder: Path):
+    def __init__(self, job: Job, facts: Facts, clock: Clock, folder: Path, worker: WorkerProcess):
         self.job, self.facts, self.clock, self.folder = job, facts, clock, folder
+        self.worker = worker
         count = min(4, len(facts.images.calib))
         self.samples = facts.images.calib.batch(range(count))
         self.baselines: dict[str, Made] = {}
         self.tried: dict[str, Attempt] = {}
         self.statistic = "median"
+        self._reference: Any = None
 
     def compile(self, assignment: Assignment, name: str) -> Made:
         with self.clock.time("compile"), self.job.progress.stage(f"compile {name}", None):
@@ -142,19 +191,37 @@ class Bench:
                 self.job, assignment, self.facts.quantizers, self.folder / name, self.samples
             )
 
+    def uniforms(self) -> dict[str, Assignment]:
+        """fp32 and the uniform assignments that the target can run."""
+        facts, network = self.facts, self.job.network
+        names = baseline_names(facts.menu)
+        return {name: uniform(facts.menu, network, name)[0] for name in names}
+
     def add_baselines(self) -> None:
-        """Build fp32 and the uniform artifacts that the target can run."""
-        for name in BASELINES:
-            if name in self.facts.menu.formats or name == "fp32":
-                assignment, _ = uniform(self.facts.menu, self.job.network, name)
+        """Build the uniform artifacts, unless that was done."""
+        for name, assignment in self.uniforms().items():
+            if name not in self.baselines:
                 self.baselines[name] = self.compile(assignment, name)
 
+    def first_times(self) -> dict[str, Timed]:
+        """The baselines' times that the choice rests on."""
+        return stored_times(self.job, self.uniforms(), self.statistic, self.time)
+
+    def reference(self) -> Any:
+        """The float model's outputs on the test images."""
+        if self._reference is None:
+            with self.clock.time("verify"):
+                self._reference = float_logits(self.job, self.facts.images.test, "the test images")
+        return self._reference
+
     def time(self, plan: Made | None = None) -> dict[str, Timed]:
+        """Time the baselines, and the plan, in one run."""
+        self.add_baselines()
         folders = {name: made.path for name, made in self.baselines.items()}
         if plan is not None:
             folders["plan"] = plan.path
         with self.clock.time("verify"), self.job.progress.stage("time the artifacts", None):
-            return time_artifacts(self.job, folders, self.statistic)
+            return time_artifacts(self.job, folders, self.statistic, self.worker)
 
     def attempt(
         self, assignment: Assignment, latency: LatencyFacts, limit: budgets.Latency | None
@@ -169,51 +236,170 @@ class Bench:
         return done
 
 
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What every choice rests on. first: the baselines' times; latency: with the overhead."""
+
+    first: dict[str, Timed]
+    latency: LatencyFacts
+    problem: Problem
+
+
+def survey(bench: Bench, size: int | None) -> Ground:
+    """Time the baselines unless the store knows, fit the overhead, put the problem together.
+
+    The overhead is kept in the store, for `hwmpq search`, where it rests on measured cells alone.
+    """
+    job, facts = bench.job, bench.facts
+    first = bench.first_times()
+    measured = [(plan, first[name].latency_s) for name, plan in bench.uniforms().items()]
+    latency = fit_overhead(job, facts.latency, measured)
+    if all(cell.source == "measured" for cell in facts.latency.layers.values()):
+        job.store.put_fact("overhead", overhead_key(job), latency.overhead_s)
+    with bench.clock.time("search"):
+        problem = make_problem(job, facts.menu, facts.loss, table(job, facts.menu, latency), size)
+    return Ground(first, latency, problem)
+
+
 def limit_seconds(limit: budgets.Latency | None, timed: dict[str, Timed]) -> float | None:
     """The budget in seconds, relative ones from the artifacts timed in the same run."""
-    from hwmpq.errors import InputError
-
     if limit is None or limit.fastest:
         return None
     if limit.seconds is not None:
         return limit.seconds
-    if limit.of not in timed:
-        raise InputError(
-            f"budget relative to {limit.of!r}", None, [n for n in timed if n != "plan"]
-        )
     assert limit.ratio is not None
     return limit.ratio * timed[limit.of].latency_s
 
 
+def quantize(
+    model: torch.nn.Module,
+    example_input: torch.Tensor | Sequence[torch.Tensor],
+    calib: Any,
+    *,
+    eval: Any = None,
+    target: str = "native",
+    device: str = "local",
+    latency: str | float | None = None,
+    max_size: str | int | None = None,
+    max_drop: float | None = None,
+    formats: Sequence[str] = (),
+    pins: Sequence[str] = (),
+    ties: Sequence[str] = (),
+    search: str = "ilp",
+    sensitivity: str | None = None,
+    metric: str = "",
+    calib_count: int = 256,
+    eval_count: int | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    store: str | Path | None = None,
+    out: str | Path = "hwmpq-out",
+    fresh: bool = False,
+    max_time: float | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize a torch module for a target within budgets; `hwmpq quantize` from Python.
+
+    model: float32; left in the mode (training or not) it was in. example_input: float32
+    [N, C, H, W] with the batch size to compile for, or a sequence of one tensor per argument.
+    calib: images for scales, sensitivities and every choice: float32 [M, C, H, W], normalized, as
+    array or tensor; or (images, labels) with labels int [M]; or a `hwmpq.data.DataSet`; or a name
+    such as 'digits#train' or 'npz:FILE'. eval: the same, for the reported accuracy only; without it
+    half of calib is set aside. Without labels the metric is agreement with float.
+
+    latency: seconds or a budget such as '0.7x'; max_size: bytes or a budget such as '0.25x';
+    max_drop: accuracy points; calib_count, eval_count: at most so many images; max_time: seconds.
+    The rest as the command's options of the same names. The result is written to `out`.
+    Raises HwmpqError as `quantize_model` does.
+    """
+    from torch import nn
+
+    from hwmpq.frontend.model import LoadedModel
+
+    if not isinstance(model, nn.Module):
+        raise InputError("model", type(model).__name__, "torch.nn.Module")
+    modes = {module: module.training for module in model.modules()}
+    name = type(model).__name__
+    options = Options(
+        model=name, target=target, device=device,
+        latency=f"{latency:.12f}s" if isinstance(latency, (int, float)) else latency,
+        max_size=f"{max_size}B" if isinstance(max_size, int) else max_size,
+        max_drop=max_drop, formats=tuple(formats), pins=tuple(pins), ties=tuple(ties),
+        search=search, sensitivity=sensitivity, metric=metric, calib=calib_count,
+        eval=eval_count, threads=threads, seed=seed, store=None if store is None else str(store),
+        out=str(out), fresh=fresh, max_time=max_time,
+    )  # fmt: skip
+    loaded = LoadedModel(model, _examples(example_input), name)
+    try:
+        return quantize_model(options, progress, lambda job: _given(job, calib, eval), loaded)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _examples(given: Any) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    examples = (given,) if isinstance(given, torch.Tensor) else tuple(given)
+    for item in examples:
+        if not isinstance(item, torch.Tensor) or item.dtype != torch.float32:
+            got = item.dtype if isinstance(item, torch.Tensor) else type(item).__name__
+            raise InputError("example_input", got, "float32 tensors, one per argument of forward")
+    return examples
+
+
+def _given(job: Job, calib: Any, test: Any) -> Images:
+    """The caller's images, checked against the model."""
+
+    def read(given: Any, name: str) -> DataSet:
+        if isinstance(given, str):
+            return data.load(given, None, shape, labels_below)
+        if not isinstance(given, DataSet):
+            images, labels = given if isinstance(given, (tuple, list)) else (given, None)
+            given = data.from_arrays(images, labels, name)
+        return data.checked(given, shape, labels_below)
+
+    shape, labels_below = input_shape(job.graph), classes(job)
+    return divide(
+        read(calib, "calib"), None if test is None else read(test, "eval"), job.options
+    )  # fmt: skip
+
+
 def quantize_model(
-    options: Options, progress: Progress | None = None, images: Images | None = None,
-    job: Job | None = None,
+    options: Options, progress: Progress | None = None,
+    images: Callable[[Job], Images] = load_images, model: Any = None,
 ) -> Result:  # fmt: skip
-    """The main job. Raises HwmpqError for bad input, an impossible budget or a lost device."""
-    progress = progress or Silent()
-    clock = Clock()
+    """The main job. Raises HwmpqError for bad input, an impossible budget or a lost device.
+
+    images, model: where they do not come from the options (`quantize`); model: a LoadedModel.
+    """
     limit = budgets.parse_latency(options.latency)
     budgets.parse_size(options.max_size, 0)
+    if not options.dry_run:
+        check_place(Path(options.out))
+    clock = Clock()
     with clock.time("trace"):
-        job = job or open_job(options, progress)
-    full = sum(la.parameters + la.bias for la in job.network.layers) * 4
-    size = budgets.parse_size(options.max_size, full)
+        job = open_job(options, progress or Silent(), model)
+    with job.store:
+        return _run(job, clock, images(job), limit)
+
+
+def _run(job: Job, clock: Clock, images: Images, limit: budgets.Latency | None) -> Result:
+    options = job.options
+    size = budgets.parse_size(options.max_size, fp32_bytes(job))
     facts = gather(job, clock, images)
     if options.dry_run:
         return _forecast(job, facts, clock)
     out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".hwmpq-", dir=out.parent) as folder:
-        bench = Bench(job, facts, clock, Path(folder))
+    with (
+        workshop(out) as folder,
+        WorkerProcess(job.device.prefix, threads=options.threads) as worker,
+    ):
+        bench = Bench(job, facts, clock, folder, worker)
         bench.statistic = limit.statistic if limit else "median"
-        bench.add_baselines()
-        first = bench.time()
-        measured = [(m.assignment, first[n].latency_s) for n, m in bench.baselines.items()]
-        latency = fit_overhead(job, facts.latency, measured)
+        ground = survey(bench, size)
+        first, latency, problem = ground.first, ground.latency, ground.problem
         with clock.time("search"):
-            problem = make_problem(
-                job, facts.menu, facts.loss, table(job, facts.menu, latency), size
-            )
             points = walk_frontier(job, problem)
         job.progress.note(f"frontier of {len(points)} plans")
         by_drop = limit is None or limit.fastest
@@ -222,6 +408,39 @@ def quantize_model(
         else:
             plan = _least_loss(job, facts, clock, bench, latency, problem, limit, first)
         return _finish(job, facts, clock, bench, latency, problem, points, plan, out)
+
+
+@contextmanager
+def workshop(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to build in, so that the result is put in place by rename.
+
+    Those of killed runs, which hold their lock no more, are removed. Raises InputError.
+    """
+    import fcntl
+
+    prefix = f".{out.name}.work."
+    try:
+        for left in out.parent.glob(f"{prefix}*/lock"):
+            with left.open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue  # another run is at work
+                shutil.rmtree(left.parent, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        held = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"cannot write beside {out}", error.strerror or error, None,
+            "Free some space or choose another --out.",
+        ) from error  # fmt: skip
+    try:
+        with held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,10 +453,6 @@ class Plan:
     objective: float | None
     bound: float | None
     gap: float | None
-
-
-def _reference(job: Job, facts: Facts) -> Any:
-    return float_logits(job, facts.images.test, "the test images")
 
 
 def _least_loss(
@@ -274,10 +489,11 @@ def _least_loss(
         )
     assert best is not None
     attempt, solution = best
+    reference = bench.reference()
     with clock.time("verify"):
         accuracy = measure_accuracy(
             job, attempt.made.path, attempt.made.assignment, facts.quantizers, facts.images.test,
-            _reference(job, facts),
+            reference,
         )  # fmt: skip
     return Plan(attempt, accuracy, rounds, solution.objective, solution.bound, solution.gap)
 
@@ -303,8 +519,7 @@ def _fastest(
             return simulated_drop(job, assignment, facts.quantizers, holdout, reference)
 
         index = fastest_within_drop(points, drop, max_drop)
-    with clock.time("verify"):
-        test = _reference(job, facts)
+    test = bench.reference()
     rounds = 0
     while True:
         rounds += 1
@@ -331,7 +546,7 @@ def _finish(
 ) -> Result:  # fmt: skip
     """Baselines' accuracy, the verdict, the artifact in its place."""
     attempt = plan.attempt
-    reference = _reference(job, facts)
+    reference = bench.reference()
     baselines = {}
     with clock.time("verify"):
         eager = torch_eager_s(job)
@@ -349,7 +564,8 @@ def _finish(
     rows = layer_rows(job, facts.menu, latency, problem, attempt.made.assignment)
     json = result_json(
         job, status=status, ambiguous=attempt.ambiguous, assignment=attempt.made.assignment,
-        rows=rows, predicted_s=attempt.predicted_s, tolerance=TOLERANCE, own=attempt.own,
+        rows=rows, predicted_s=attempt.predicted_s,
+        predicted_interval=predicted_interval(job, attempt, latency), own=attempt.own,
         limit_s=attempt.limit_s, statistic=bench.statistic, baselines=baselines,
         accuracy=plan.accuracy, objective=plan.objective, bound=plan.bound, gap=plan.gap,
         rounds=plan.rounds, seconds=clock.seconds, out=out, made=attempt.made,
@@ -359,6 +575,13 @@ def _finish(
     result = Result(json, rows, frontier_rows(points), EXIT_CODES[status], problem)
     result.write(out, attempt.made.path)
     return result
+
+
+def predicted_interval(job: Job, attempt: Attempt, latency: LatencyFacts) -> tuple[float, float]:
+    """TOLERANCE on either side, and what the bands of predicted cells add."""
+    centre = attempt.predicted_s
+    below, above = spread(job, attempt.made.assignment, latency)
+    return max(centre * (1 - TOLERANCE) + below, 0.0), centre * (1 + TOLERANCE) + above
 
 
 def _status(job: Job, attempt: Attempt, accuracy: Accuracy) -> str:

@@ -34,11 +34,10 @@ def save(
     blobs, offset = [], 0
     for name, tensor in tensors.items():
         data = np.asarray(tensor, order="C")
+        data = data.astype(data.dtype.newbyteorder("<"), copy=False)
         end = offset + data.nbytes
         header[name] = {
-            "dtype": _NAMES[
-                data.dtype.newbyteorder("<") if data.dtype.itemsize > 1 else data.dtype
-            ],
+            "dtype": _NAMES[data.dtype],
             "shape": list(data.shape),
             "data_offsets": [offset, end],
         }
@@ -67,7 +66,7 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         if size > min(len(raw) - 8, _HEADER_LIMIT):
             raise ValueError(f"header of {size} bytes in a file of {len(raw)}")
         header = json.loads(raw[8 : 8 + size])
-        metadata = header.pop("__metadata__", {})
+        metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         body = memoryview(raw)[8 + size :]
         tensors = {}
         for name, entry in header.items():
@@ -76,7 +75,9 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
             if not 0 <= begin <= end <= len(body) or end - begin != _nbytes(shape, dtype):
                 raise ValueError(f"offsets of {name!r} do not fit")
             tensors[name] = np.frombuffer(body[begin:end], dtype).reshape(shape)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error
+    ) as error:  # fmt: skip
         raise InputError(f"not a readable safetensors file: {path}", repr(error)) from error
     return tensors, metadata
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-Source = Literal["measured", "static-model", "imported"]
+Source = Literal["measured", "predicted", "static-model", "imported"]
 Execution = Literal["native", "storage-only", "emulated"]
 
 #: Operators that take a number format. `depthwise` is a conv2d with groups == cin == cout.

@@ -16,6 +16,12 @@ from hwmpq.errors import InputError
 VERSION = 1
 KIND = "hwmpq-artifact"
 MANIFEST = "manifest.json"
+#: What `load` uses of a manifest, and the files it reads.
+ENTRIES = {
+    "target": dict, "inputs": list, "outputs": list, "calls": list, "parameters": list,
+    "files": dict,
+}  # fmt: skip
+NEEDED = ("model.so", "parameters.safetensors")
 
 
 def save(
@@ -32,9 +38,10 @@ def save(
             "the output folder holds something else", folder, "a new folder or an artifact",
             "Choose another --out.",
         )  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         files = {}
         for name, write in writers.items():
             write(aside / name)
@@ -49,7 +56,8 @@ def save(
             "Free some space or choose another --out.",
         ) from error  # fmt: skip
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def is_ours(folder: Path) -> bool:
@@ -63,12 +71,19 @@ def is_ours(folder: Path) -> bool:
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Rename `new` to `place`; what was there is moved away first and deleted last."""
+    """Rename `new` to `place`; what was there is moved away first, deleted last, and moved back
+    where that fails."""
     old = None
     if place.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
         os.replace(place, old / "it")
-    os.replace(new, place)
+    try:
+        os.replace(new, place)
+    except OSError:
+        if old:
+            os.replace(old / "it", place)
+            old.rmdir()
+        raise
     if old:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -89,13 +104,13 @@ def sha256(path: Path) -> str:
 def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
     """The manifest, with every listed file present and unchanged.
 
-    Raises InputError for a missing or newer artifact, a changed or unlisted file, or a file name
+    Raises InputError for a missing or newer artifact, a changed or missing file, or a file name
     that leaves the folder. Nothing native is loaded.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{folder} is no artifact", error, "a folder made by hwmpq quantize or compile"
         ) from error
@@ -106,12 +121,18 @@ def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
             f"artifact {folder} has an unknown version", manifest.get("version"), VERSION,
             "Use the hwmpq that made it, or make it again.",
         )  # fmt: skip
+    lacking = [key for key in ENTRIES if not isinstance(manifest.get(key), ENTRIES[key])]
+    if lacking:
+        raise InputError(f"the manifest of {folder} is damaged: no {', '.join(lacking)}")
     if check:
         _check_files(folder, manifest["files"])
     return manifest
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> None:
+    for name in NEEDED:
+        if name not in files:
+            raise InputError(f"the manifest of {folder} does not list a file", name)
     for name, expected in files.items():
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise InputError(f"file name in the manifest of {folder}", repr(name), "plain names")

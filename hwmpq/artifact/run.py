@@ -15,6 +15,8 @@ from hwmpq.artifact.folder import read_manifest
 from hwmpq.errors import InputError
 
 Array = NDArray[Any]
+#: Names of our kernels in a compiled library begin so; those that TVM makes do not.
+KERNEL_PREFIX = "hwmpq_"
 
 
 def load(path: str | Path) -> Artifact:
@@ -60,7 +62,8 @@ class Artifact:
 
         self.path, self.manifest = folder, manifest
         library = tvm.runtime.load_module(str(folder / "model.so"))
-        self._vm = VirtualMachine(library, tvm.cpu())
+        self._machine: Callable[[], Any] = lambda: VirtualMachine(library, tvm.cpu())
+        self._vm = self._machine()
         arrays, _ = tensors.load(folder / "parameters.safetensors")
         self._parameters = [tvm.runtime.tensor(arrays[n]) for n in manifest["parameters"]]
         self._tensor = tvm.runtime.tensor
@@ -115,18 +118,15 @@ class Artifact:
         seen: list[Array] = []
 
         def after(_function: object, name: str, before: bool, _result: object, *args: Any) -> int:
-            # Kernels are the functions of the library; the VM's own built-ins have dotted names.
-            if not before and not name.startswith("vm.") and args and hasattr(args[-1], "numpy"):
+            if not before and name.startswith(KERNEL_PREFIX):
                 seen.append(args[-1].numpy().copy())
             return 0
 
         checked = self._checked(inputs)
+        machine = self._machine()  # an instrument cannot be taken off again
+        machine.set_instrument(after)
         with self._lock:
-            self._vm.set_instrument(after)
-            try:
-                self._vm["main"](*checked, *self._parameters)
-            finally:
-                self._vm.set_instrument(lambda *_: 0)
+            machine["main"](*checked, *self._parameters)
         return list(zip(self.manifest["calls"], seen, strict=True))
 
     def _checked(self, inputs: Sequence[Array]) -> list[Any]:

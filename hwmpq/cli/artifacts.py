@@ -40,7 +40,7 @@ def inspect(
     if artifact_jobs.is_artifact(what):
         return artifact_jobs.inspect_artifact(what)
     from hwmpq.cli import tables
-    from hwmpq.pipeline import inspect_model
+    from hwmpq.side_jobs import inspect_model
 
     found = inspect_model(shared.options(model=what, **given))
     return Answer(found, lambda console: tables.inspected(console, found))

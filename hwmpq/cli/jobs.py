@@ -15,12 +15,14 @@ from hwmpq.cli.progress import reporter
 from hwmpq.errors import InputError
 
 _PANEL = "The main job and its parts"
+#: Exit codes of what a search may end in; others are 0.
+_SEARCHED = {"infeasible": 3, "timeout": 4, "accuracy": 5}
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     command(app, *shared.JOB, "out", "dry_run", panel=_PANEL)(quantize)
-    command(app, *shared.JOB, panel=_PANEL)(frontier)
+    command(app, *(n for n in shared.JOB if n != "max_drop"), panel=_PANEL)(frontier)
     names = tuple(name for name in shared.JOB if name != "sensitivity")
     command(app, *(n for n in names if n not in shared.GOAL), panel=_PANEL)(sensitivity)
     profiled = (*shared.MODEL, *shared.TARGET, "formats", "pins", *shared.WORK)
@@ -54,7 +56,7 @@ def frontier(**given: Any) -> Answer:
     Example: hwmpq frontier zoo:digits_cnn --calib-data digits#train --json > curve.json
     """
     from hwmpq.cli import tables
-    from hwmpq.pipeline import frontier_model
+    from hwmpq.side_jobs import frontier_model
 
     found = frontier_model(shared.options(**given), reporter())
     return Answer(found, lambda console: tables.frontier(console, found))
@@ -77,7 +79,7 @@ def sensitivity(
     Example: hwmpq sensitivity zoo:digits_cnn --calib-data digits#train --sensitivity output-error
     """
     from hwmpq.cli import tables
-    from hwmpq.pipeline import sensitivity_model
+    from hwmpq.side_jobs import sensitivity_model
 
     job = shared.options(**given, sensitivity=estimator)
     found = sensitivity_model(job, reporter(), estimator)
@@ -92,7 +94,7 @@ def profile(**given: Any) -> Answer:
     Example: hwmpq profile zoo:digits_cnn --target native --formats fp32,w8a8 --max-time 10m
     """
     from hwmpq.cli import tables
-    from hwmpq.pipeline import profile_model
+    from hwmpq.side_jobs import profile_model
 
     found = profile_model(shared.options(**given), reporter())
     return Answer(found, lambda console: tables.grid(console, found, "latency_s"))
@@ -109,11 +111,13 @@ def search(
     Example: hwmpq search zoo:digits_cnn --calib-data digits#train --latency 0.6x --explain
     """
     from hwmpq.cli import tables
-    from hwmpq.pipeline import search_model
+    from hwmpq.side_jobs import search_model
 
     found = search_model(shared.options(**given), reporter())
-    exit_code = 3 if found.get("status") == "infeasible" else 0
-    return Answer(found, lambda console: tables.searched(console, found, explain), exit_code)
+    error = found.get("error") or {}
+    note = f"error: {error['what']}: {error['got']}" if error else ""
+    exit_code = _SEARCHED.get(str(found.get("status")), 0)
+    return Answer(found, lambda console: tables.searched(console, found, explain), exit_code, note)
 
 
 def compile_(
@@ -141,7 +145,7 @@ def compile_(
     """
     chosen = read_assignment(assignment)
     from hwmpq.cli import tables
-    from hwmpq.pipeline import compile_model
+    from hwmpq.side_jobs import compile_model
 
     path = None if quantizers is None else str(quantizers)
     found = compile_model(shared.options(**given), chosen, path, reporter())

@@ -180,9 +180,19 @@ def searched(console: Console, found: Mapping[str, Any], explain: bool) -> None:
     for row in (found.get("rows") or []) if explain else []:
         console.print(Text(f"{row['name']}: {row['format']}", style="bold"))
         for fmt, seconds in (row.get("options") or {}).items():
-            console.print(Text(f"    {fmt:<10} {words.seconds(seconds)}"))
+            change = _change((row.get("marginal") or {}).get(fmt) or {})
+            console.print(Text(f"    {fmt:<10} {words.seconds(seconds):<10}{change}".rstrip()))
         for fmt, reason in (row.get("why_not") or {}).items():
             console.print(Text(f"    {fmt:<10} not possible: {reason}"))
+
+
+def _change(change: Mapping[str, float]) -> str:
+    """What the whole plan would gain and lose with this format in this layer."""
+    if not change:
+        return ""
+    quicker = change["latency_s"] < 0
+    seconds = words.seconds(abs(change["latency_s"]))
+    return f"loss {change['loss']:+.3g}, {seconds} {'faster' if quicker else 'slower'}"
 
 
 def pairs(console: Console, found: Mapping[str, Any], prefix: str = "") -> None:

@@ -264,8 +264,12 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
     }
     if not composite and not any(_rewrites(target) for target in targets):
         return exported
+    functional: ExportedProgram
     with _quiet():
-        functional: ExportedProgram = exported.run_decompositions(composite)
+        try:
+            functional = exported.run_decompositions(composite)
+        except RecursionError:  # some decompose into themselves (fft_rfft): they are named later
+            functional = exported.run_decompositions({})
     return functional
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from hwmpq.lower.assign import assign_formats
+from hwmpq.lower.assign import assign_formats, assigned
 from hwmpq.lower.codegen import compile_module
 from hwmpq.lower.parameters import lift_parameters
-from hwmpq.lower.rewrite import chosen_kernel, lower_annotated
+from hwmpq.lower.rewrite import chosen_kernel, lower_annotated, lowered
 from hwmpq.lower.steps import Schedule, Step, steps
 from hwmpq.quantizers import Quantizers
 from hwmpq.targets import Target
@@ -57,12 +57,9 @@ def build(
     kernels: layer -> kernel name where it is not the default. Raises InputError when a layer has
     no kernel for its format on the target.
     """
-    import tvm
-
-    passes = tvm.ir.transform.Sequential(
-        [assign_formats(assignment, kernels), lower_annotated(quantizers, target, threads)]
-    )
-    lowered, parameters = lift_parameters(passes(module))
-    calls = tuple(json.loads(str(lowered.attrs["hwmpq.calls"])))
-    executable, peak = compile_module(lowered, target, threads)
-    return Built(executable, parameters, lowered, calls, peak)
+    # The passes' own functions: errors that went through TVM lose all but their text.
+    module = lowered(assigned(module, assignment, kernels), quantizers, target, threads)
+    module, parameters = lift_parameters(module)
+    calls = tuple(json.loads(str(module.attrs["hwmpq.calls"])))
+    executable, peak = compile_module(module, target, threads)
+    return Built(executable, parameters, module, calls, peak)

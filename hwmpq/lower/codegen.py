@@ -17,6 +17,7 @@ def compile_module(module: Any, target: Target, threads: int = 1) -> tuple[Any, 
     import tvm
     from tvm import relax
 
+    given = frozenset(v.name_hint for v in module.get_global_vars())
     planned = []
 
     @tvm.transform.module_pass(opt_level=0, name="hwmpq.PlannedMemory")  # type: ignore[untyped-decorator,unused-ignore]
@@ -32,7 +33,7 @@ def compile_module(module: Any, target: Target, threads: int = 1) -> tuple[Any, 
             return tvm.transform.Sequential(
                 [
                     relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
-                    fallback_schedule(target.vector_bytes, threads),
+                    fallback_schedule(target.vector_bytes, threads, given),
                     relax.transform.ToNonDataflow(),
                     relax.transform.RemovePurityChecking(),
                     relax.transform.CallTIRRewrite(),

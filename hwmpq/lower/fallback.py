@@ -7,11 +7,15 @@ the block's stores are contiguous there. A block that a step does not apply to k
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 
-def fallback_schedule(vector_bytes: int, threads: int) -> Any:
-    """TVM module pass over all schedulable PrimFuncs. Leaves emitted kernels untouched."""
+def fallback_schedule(vector_bytes: int, threads: int, given: Collection[str] = ()) -> Any:
+    """TVM module pass over the schedulable PrimFuncs that legalisation made.
+
+    given: names of functions that were there before: kernels of ours, and the user's own.
+    """
     import tvm
     from tvm import s_tir
 
@@ -21,6 +25,8 @@ def fallback_schedule(vector_bytes: int, threads: int) -> Any:
     def run(module: Any, _context: Any) -> Any:
         result = tvm.IRModule(dict(module.functions), attrs=module.attrs)
         for variable, function in module.functions.items():
+            if variable.name_hint in given:
+                continue
             if not isinstance(function, tvm.tirx.PrimFunc) or not _has_root(function):
                 continue
             schedule = s_tir.Schedule(tvm.IRModule({"main": function}))

@@ -6,6 +6,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from hwmpq.errors import InputError, UnknownName
+
+
+def keep_errors() -> None:
+    """Have an InputError that leaves a pass come out of TVM as one, with its text, and not as a
+    RuntimeError. An UnknownName comes out as an InputError."""
+    from tvm_ffi import register_error
+
+    for cls in (UnknownName, InputError):  # the last one is what is raised
+        register_error("hwmpq.InputError", cls)
+
 
 def is_constant(expr: Any) -> bool:
     """Whether a Relax expression is a tensor constant."""

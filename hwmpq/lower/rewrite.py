@@ -23,6 +23,7 @@ from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.glue import GlueCall
 from hwmpq.lower.annotations import Annotated, read
 from hwmpq.lower.layout import NHWC, PLAIN
+from hwmpq.lower.moved import keep_errors
 from hwmpq.lower.steps import Ref, Step, steps
 from hwmpq.quantizers import Quantizers
 from hwmpq.resolve import resolve
@@ -37,11 +38,18 @@ def lower_annotated(quantizers: Quantizers, target: Target, threads: int = 1) ->
     """
     import tvm
 
+    keep_errors()
+
     @tvm.transform.module_pass(opt_level=0, name="hwmpq.LowerAnnotated")  # type: ignore[untyped-decorator,unused-ignore]
     def run(module: Any, _context: Any) -> Any:
-        return _Rewriter(module, read(module), quantizers, target, threads).run()
+        return lowered(module, quantizers, target, threads)
 
     return run
+
+
+def lowered(module: Any, quantizers: Quantizers, target: Target, threads: int = 1) -> Any:
+    """What the pass does."""
+    return _Rewriter(module, read(module), quantizers, target, threads).run()
 
 
 def chosen_kernel(node: Node, call: Call, target: Target, name: str | None = None) -> Kernel:

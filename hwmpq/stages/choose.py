@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from hwmpq.types import Assignment, Problem, Sensitivity, Solution
 def make_problem(
     job: Job, menu: Menu, loss: Sensitivity, table: LatencyTable, size: int | None
 ) -> Problem:
-    """Arrays of the whole network. Cells without a time are illegal."""
+    """Arrays of the whole network. Cells without a time or a loss are illegal."""
     layers = job.network.layers
     nbytes = np.zeros((len(layers), len(menu.formats)))
     work = np.zeros_like(nbytes)
@@ -30,12 +31,15 @@ def make_problem(
             if layer.workload.has_weight:
                 nbytes[i, j] = fmt.nbytes(layer.workload.weight_shape, layer.bias)
             work[i, j] = bops(fmt, layer.workload.macs)
-    legal = menu.legal & np.isfinite(table.latency_s)
+    legal = menu.legal & np.isfinite(table.latency_s) & np.isfinite(loss.loss)
     empty = [layers[i].name for i in np.flatnonzero(~legal.any(axis=1))]
     if empty:
+        reasons = sorted({*table.unknown.get(empty[0], {}).values()})
+        why = f" ({'; '.join(reasons)})" if reasons else ""
         raise InputError(
-            "layers without any usable format", ", ".join(empty[:5]), None,
-            "See `hwmpq inspect`; loosen --pin or --formats.",
+            "layers without any usable format", f"{', '.join(empty[:5])}{why}", None,
+            "See `hwmpq inspect`; loosen --pin or --formats, or measure more: what was measured "
+            "is kept.",
         )  # fmt: skip
     values = np.where(legal, loss.loss, 0.0)
     return Problem(
@@ -62,7 +66,7 @@ def within(problem: Problem, latency_s: float | None) -> Problem:
 
 def least_loss(job: Job, problem: Problem) -> Solution:
     """Least loss within the budgets. Raises InfeasibleError naming the best possible plans."""
-    solution = solve(problem, job.options.search, time_limit_s=_limit(job), seed=job.options.seed)
+    solution = solve(problem, job.options.search, time_limit_s=solver_limit_s(job), seed=job.options.seed)
     if solution.status == "infeasible":
         raise infeasible(problem, solution)
     if not solution.choice:
@@ -75,16 +79,29 @@ def least_loss(job: Job, problem: Problem) -> Solution:
 
 def infeasible(problem: Problem, solution: Solution) -> InfeasibleError:
     """What the budgets ask and what is the least that can be had."""
-    asked, least = [], []
+    asked, least, best = [], [], []
     for name, budget in problem.budgets.items():
         asked.append(f"{_words(name, budget)}")
         if name in solution.least:
             least.append(f"{_words(name, solution.least[name])}")
+        alone = solve(replace(problem, minimize=name, budgets={}))
+        if alone.choice:
+            best.append(f"the {_BEST.get(name, f'least {name}')} plan is {_plan(alone)}")
+    named = f"{'; '.join(best)}. ".capitalize() if best else ""
     return InfeasibleError(
         "no plan meets the budgets", " and ".join(asked),
         f"at least {' and '.join(least)}" if least else None,
-        "Loosen the budget, add formats, or drop pins.",
+        f"{named}Loosen the budget, add formats, or drop pins.",
     )  # fmt: skip
+
+
+_BEST = {"latency_s": "fastest", "nbytes": "smallest"}
+
+
+def _plan(solution: Solution) -> str:
+    """How many layers are in which format."""
+    counts = Counter(solution.choice.values())
+    return ", ".join(f"{count} × {name}" for name, count in counts.most_common())
 
 
 def _words(name: str, value: float) -> str:
@@ -95,8 +112,9 @@ def _words(name: str, value: float) -> str:
     return f"{name} {value:.4g}"
 
 
-def _limit(job: Job) -> float:
-    return min(job.options.max_time or 60.0, 60.0)
+def solver_limit_s(job: Job) -> float:
+    """What --max-time leaves a solver: 10 s at least, for measuring may have used it up."""
+    return min(max(job.options.max_time or 60.0, 10.0), 60.0)
 
 
 @dataclass(frozen=True)
@@ -112,10 +130,10 @@ class Point:
 def walk_frontier(job: Job, problem: Problem, points: int = 12) -> list[Point]:
     """Non-dominated plans from the fastest to the least lossy. Raises InfeasibleError."""
     solutions = exact_frontier(
-        problem, "latency_s", points, time_limit_s=_limit(job), seed=job.options.seed
+        problem, "latency_s", points, time_limit_s=solver_limit_s(job), seed=job.options.seed
     )
     if not solutions:
-        raise infeasible(problem, solve(problem, "ilp", time_limit_s=_limit(job)))
+        raise infeasible(problem, solve(problem, "ilp", time_limit_s=solver_limit_s(job)))
     found = [
         Point(s.choice, float(s.objective or 0.0), float(s.latency_s or 0.0), float(s.nbytes or 0))
         for s in solutions

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
 import numpy as np
 
-from hwmpq.errors import InputError
+from hwmpq.data import DataSet
+from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import format_named
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages.job import Images, Job
 from hwmpq.stages.menu import Menu
-from hwmpq.types import Sensitivity, digest
+from hwmpq.types import BoolArray, Sensitivity, digest
 
 #: Images that an estimator looks at; more cost time in proportion.
 SENSITIVITY_IMAGES = 64
@@ -49,27 +51,10 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
 
     from hwmpq import sensitivity
 
-    name = job.options.sensitivity or "output-error"
-    if name not in sensitivity.names():
-        from hwmpq.errors import UnknownName
-
-        raise UnknownName("sensitivity estimator", name, sensitivity.names())
-    able = np.array(
-        [[f in menu.kernels[la.name] for f in menu.formats] for la in job.network.layers], bool
-    )
-    count = min(SENSITIVITY_IMAGES, len(images.calib))
-    part = images.calib.subset(np.linspace(0, len(images.calib) - 1, count).astype(int))
-    key = digest(
-        [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest, name, RANGES,
-         job.options.seed]
-    )  # fmt: skip
-    formats = {f: _item_key(key, f) for f in menu.formats}
-    done: dict[str, float] = {}
-    for layer in job.network.names:
-        for fmt in menu.formats:
-            value = job.store.fact("sensitivity", f"{formats[fmt]}|{layer}")
-            if value is not None:
-                done[f"{layer}|{fmt}"] = float(value)
+    name, part, formats = _asked(job, images, menu)
+    able = _able(job, menu)
+    count = len(part)
+    done = _stored(job, formats)
 
     def save(item: str, value: float) -> None:
         layer, fmt = item.rsplit("|", 1)
@@ -99,8 +84,53 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
     return found
 
 
-def _item_key(key: str, fmt: str) -> str:
-    return digest([key, fmt])
+def stored_sensitivities(job: Job, images: Images, menu: Menu) -> Sensitivity:
+    """loss[L, F] as far as the store has it; nan elsewhere, but 0 for fp32."""
+    name, part, formats = _asked(job, images, menu)
+    done = _stored(job, formats)
+    names = job.network.names
+    loss = np.array(
+        [[done.get(f"{la}|{f}", 0.0 if f == "fp32" else np.nan) for f in menu.formats]
+         for la in names]
+    )  # fmt: skip
+    loss = np.where(_able(job, menu), loss, np.nan)
+    return Sensitivity(names, menu.formats, loss, name, len(part))
+
+
+def _able(job: Job, menu: Menu) -> BoolArray:
+    """[L, F]: is there a kernel?"""
+    rows = [[f in menu.kernels[la.name] for f in menu.formats] for la in job.network.layers]
+    return np.array(rows, bool)
+
+
+def _asked(job: Job, images: Images, menu: Menu) -> tuple[str, DataSet, dict[str, str]]:
+    """The estimator, the images it looks at, and format -> start of the facts' keys.
+
+    Raises UnknownName for an unknown estimator.
+    """
+    from hwmpq import sensitivity
+
+    name = job.options.sensitivity or "output-error"
+    if name not in sensitivity.names():
+        raise UnknownName("sensitivity estimator", name, sensitivity.names())
+    count = min(SENSITIVITY_IMAGES, len(images.calib))
+    part = images.calib.subset(np.linspace(0, len(images.calib) - 1, count).astype(int))
+    key = digest(
+        [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest, name, RANGES,
+         job.options.seed]
+    )  # fmt: skip
+    return name, part, {f: digest([key, f]) for f in menu.formats}
+
+
+def _stored(job: Job, formats: Mapping[str, str]) -> dict[str, float]:
+    """'layer|format' -> loss, of all that the store has."""
+    done = {}
+    for layer in job.network.names:
+        for fmt, key in formats.items():
+            value = job.store.fact("sensitivity", f"{key}|{layer}")
+            if value is not None:
+                done[f"{layer}|{fmt}"] = float(value)
+    return done
 
 
 @dataclass(frozen=True)

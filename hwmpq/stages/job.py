@@ -14,7 +14,7 @@ import numpy as np
 from hwmpq import data, devices, targets, toolchain
 from hwmpq.data import DataSet
 from hwmpq.devices import Device
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, UnknownName
 from hwmpq.graph import Graph, network_of
 from hwmpq.measure.store import Store
 from hwmpq.targets import Target
@@ -103,19 +103,40 @@ class Job:
     store: Store
 
 
-def open_job(options: Options, progress: Progress) -> Job:
+def check_options(o: Options) -> None:
+    """Refuse what can be refused before any work. Raises InputError, UnknownName."""
+    from hwmpq import search, sensitivity
+    from hwmpq.quantize.judge import METRICS
+
+    for name, value in (("--threads", o.threads), ("--calib", o.calib), ("--eval", o.eval)):
+        if value is not None and value < 1:
+            raise InputError(name, value, "1 or more")
+    if o.max_drop is not None and not 0 <= o.max_drop <= 100:
+        raise InputError("--max-drop", o.max_drop, "0 to 100 points")
+    if o.max_time is not None and not o.max_time > 0:
+        raise InputError("--max-time", o.max_time, "a time above 0")
+    if o.search not in search.names():
+        raise UnknownName("solver", o.search, search.names())
+    if o.sensitivity is not None and o.sensitivity not in sensitivity.names():
+        raise UnknownName("sensitivity estimator", o.sensitivity, sensitivity.names())
+    if o.metric and ":" not in o.metric and o.metric not in METRICS:
+        raise UnknownName("metric", o.metric, METRICS)
+
+
+def open_job(options: Options, progress: Progress, model: Any = None, here: bool = True) -> Job:
     """Load and trace the model, resolve target and device, open the store.
 
-    Raises the errors of each part; nothing has been written by then but an empty store.
+    model: a LoadedModel instead of the one that the options name. here: must the target be one
+    that this machine can run? Raises the errors of each part;
+    nothing has been written by then but an empty store.
     """
     from hwmpq.frontend.model import load_model
 
     toolchain.check()
-    if options.threads < 1:
-        raise InputError("--threads", options.threads, "1 or more")
+    check_options(options)
     target = targets.native() if options.target == "native" else targets.load(options.target)
     device = devices.load(options.device)
-    missing = targets.satisfied_by_host(target)
+    missing = targets.satisfied_by_host(target) if here else []
     if missing:
         raise InputError(
             f"this machine cannot run target {target.name}", f"no {', '.join(missing)}",
@@ -124,7 +145,7 @@ def open_job(options: Options, progress: Progress) -> Job:
         )  # fmt: skip
     weights = Path(options.weights) if options.weights else None
     with progress.stage("trace", None):
-        model = load_model(options.model, weights, options.input_shape)
+        model = model or load_model(options.model, weights, options.input_shape)
         graph = model.graph()
     store = Store.open(options.store, fresh=options.fresh)
     return Job(
@@ -152,35 +173,51 @@ def load_images(job: Job) -> Images:
         raise InputError(
             "no data", None, data.FORMS, "Give --calib-data (and --data for the accuracy)."
         )
-    if len(graph.inputs) != 1:
-        raise InputError("data for a model with several inputs", len(graph.inputs), "one input")
-    shape = graph.tensors[graph.inputs[0]]
+    shape = input_shape(graph)
 
     def load(spec: str) -> DataSet:
-        return data.load(spec, job.model.normalization, shape, job.model.classes)
+        return data.load(spec, job.model.normalization, shape, classes(job))
 
     if o.data and o.calib_data:
-        source, test = load(o.calib_data), load(o.data)
-        words = f"calibration from {o.calib_data}, accuracy on {o.data}"
-        count = min(o.calib, max(len(source) // 2, 1))
-        rest_limit = len(source) - count
+        return divide(load(o.calib_data), load(o.data), o)
+    return divide(load(o.data or o.calib_data or ""), None, o)
+
+
+def classes(job: Job) -> int | None:
+    """What labels must stay below: the model's classes, else the width of a flat output."""
+    if job.model.classes is not None:
+        return int(job.model.classes)
+    shape = job.graph.tensors[job.graph.outputs[0]]
+    return int(shape[1]) if len(shape) == 2 else None
+
+
+def input_shape(graph: Graph) -> tuple[int, ...]:
+    """N, C, H, W of the one input. Raises InputError for a model with several."""
+    if len(graph.inputs) != 1:
+        raise InputError("data for a model with several inputs", len(graph.inputs), "one input")
+    return tuple(graph.tensors[graph.inputs[0]])
+
+
+def divide(source: DataSet, test: DataSet | None, o: Options) -> Images:
+    """Calibration and held-out images from `source`; without `test`, half of it is the test.
+
+    Raises InputError with too few images.
+    """
+    if test is not None:
+        words = f"calibration from {source.name}, accuracy on {test.name}"
     else:
-        whole = load(o.data or o.calib_data or "")
-        if len(whole) < 4:
-            raise InputError(f"images in {whole.name}", len(whole), "4 or more")
-        source, test = data.split(whole, len(whole) // 2, o.seed)
-        words = f"{whole.name} split in two halves with seed {o.seed}: calibration and accuracy"
-        count = min(o.calib, max(len(source) // 2, 1))
-        rest_limit = len(source) - count
-    if rest_limit < 1:
+        if len(source) < 4:
+            raise InputError(f"images in {source.name}", len(source), "4 or more")
+        words = f"{source.name} split in two halves with seed {o.seed}: calibration and accuracy"
+        source, test = data.split(source, len(source) // 2, o.seed)
+    count = min(o.calib, max(len(source) // 2, 1))
+    if len(source) - count < 1:
         raise InputError(f"images in {source.name}", len(source), "2 or more")
     order = np.random.default_rng(o.seed).permutation(len(source))
     calib = source.subset(np.sort(order[:count]), f"{source.name} [{count} for calibration]")
     held = np.sort(order[count : count + HOLDOUT])
     holdout = source.subset(held, f"{source.name} [{len(held)} held out]")
     if o.eval is not None and o.eval < len(test):
-        if o.eval < 1:
-            raise InputError("--eval", o.eval, "1 or more")
         pick = np.sort(np.random.default_rng(o.seed).permutation(len(test))[: o.eval])
         test = test.subset(pick, f"{test.name} [{o.eval} of them]")
     return Images(calib, holdout, test, words)

@@ -11,8 +11,9 @@ and every re-encoding of p's result that c asks for, as a dry walk of the steps 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class LatencyFacts:
     """layers: (workload key, format) -> Measurement; glue: call key -> seconds.
 
     overhead_s: seconds per kernel call that the runtime adds, fitted on the uniform artifacts.
+    new_timings: cells and glue timed by this run. unknown: why a cell of `layers` has no time.
     """
 
     layers: dict[tuple[str, str], Measurement]
@@ -54,6 +56,7 @@ class LatencyFacts:
     overhead_s: float = 0.0
     new_timings: int = 0
     failures: dict[str, str] = field(default_factory=dict)
+    unknown: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def cell(self, workload: Workload, fmt: str) -> Measurement | None:
         return self.layers.get((workload.key, fmt))
@@ -67,32 +70,54 @@ def cell_call(workload: Workload, fmt: Format, threads: int) -> Call:
     return Call(workload, fmt, own, own, residual, b, threads)
 
 
-def profile(job: Job, menu: Menu, deadline_s: float | None = None) -> LatencyFacts:
-    """Measure every cell that the store does not know. Each is committed as it is timed."""
+#: Why a cell was not measured.
+TIME_IS_UP = "not measured: --max-time is used up"
+NOT_STORED = "not measured yet: run `hwmpq profile`"
+
+
+def profile(job: Job, menu: Menu, measure: bool = True) -> LatencyFacts:
+    """Measure every cell that the store does not know. Each is committed as it is timed.
+
+    Glue comes first and whole: every plan needs it and nothing else tells its time. No block of
+    layer cells begins once --max-time is used up. measure: False only reads the store.
+    """
+    began = time.monotonic()
     device = fingerprint()
     layers, missing = _known_layers(job, menu, device)
     glue, missing_glue = _known_glue(job, menu, device)
     count = sum(len(block) for block in missing) + len(missing_glue)
-    failures: dict[str, str] = {}
-    if count:
+    new = 0
+    if count and measure:
         with (
             job.progress.stage("profile", count) as advance,
             WorkerProcess(job.device.prefix, threads=job.options.threads) as worker,
             tempfile.TemporaryDirectory(prefix="hwmpq-") as folder,
         ):
             bench = _Bench(job, worker, Path(folder), device)
-            for block in missing:
-                for key, measurement in bench.layers(block):
-                    layers[key] = measurement
-                    advance(1)
             for part in _chunks(missing_glue, 8):
                 for call, seconds in bench.glue(part):
                     glue[glue_kernels.key(call)] = seconds
+                    new += 1
                     advance(1)
-    for (_, fmt), m in layers.items():
+            for block in missing:
+                if job.options.max_time and time.monotonic() - began >= job.options.max_time:
+                    job.progress.note(f"--max-time is used up: {count - new} cells not measured")
+                    break
+                for key, measurement in bench.layers(block):
+                    layers[key] = measurement
+                    new += 1
+                    advance(1)
+    failures: dict[str, str] = {}
+    unknown: dict[tuple[str, str], str] = {}
+    for block in missing:
+        for item in block:
+            key = item.call.workload.key, item.call.format.name
+            if key not in layers:
+                unknown[key] = TIME_IS_UP if measure else NOT_STORED
+    for key, m in layers.items():
         if m.error:
-            failures[f"{m.workload.op} {fmt} {m.kernel}"] = m.error
-    return LatencyFacts(layers, glue, new_timings=count, failures=failures)
+            failures[f"{m.workload.op} {m.format} {m.kernel}"] = unknown[key] = m.error
+    return LatencyFacts(layers, glue, new_timings=new, failures=failures, unknown=unknown)
 
 
 @dataclass(frozen=True)
@@ -330,16 +355,24 @@ def fit_overhead(
         return facts
     n, r = np.array(calls, float), np.array(rest)
     overhead = max(float((n * r).sum() / (n * n).sum()), 0.0)
-    return LatencyFacts(facts.layers, facts.glue, overhead, facts.new_timings, facts.failures)
+    return replace(facts, overhead_s=overhead)
+
+
+def overhead_key(job: Job) -> str:
+    """Under which the store keeps the overhead per call of a network on a device."""
+    return digest([CODEGEN_VERSION, job.key, dict(job.target.tvm), job.options.threads,
+                   fingerprint()])  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class LatencyTable:
-    """What the solver needs: seconds [L, F], transitions, and what no choice changes."""
+    """What the solver needs: seconds [L, F], transitions, and what no choice changes; unknown:
+    layer -> format -> why there is no time."""
 
     latency_s: np.ndarray
     transitions: tuple[Transition, ...]
     fixed_s: float
+    unknown: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def table(job: Job, menu: Menu, facts: LatencyFacts) -> LatencyTable:
@@ -380,7 +413,19 @@ def table(job: Job, menu: Menu, facts: LatencyFacts) -> LatencyTable:
         matrix = np.array([[small[column[a], column[b]] for b in formats] for a in formats])
         if matrix.any():
             transitions.append(Transition(source, target, matrix))
-    return LatencyTable(latency, tuple(_merged(transitions)), float(fixed))
+    return LatencyTable(
+        latency, tuple(_merged(transitions)), float(fixed), unknown_cells(network, facts)
+    )
+
+
+def unknown_cells(network: Network, facts: LatencyFacts) -> dict[str, dict[str, str]]:
+    """Layer -> format -> why its cell has no time."""
+    reasons: dict[str, dict[str, str]] = {layer.name: {} for layer in network.layers}
+    for layer in network.layers:
+        for (workload, fmt), reason in facts.unknown.items():
+            if workload == layer.workload.key:
+                reasons[layer.name][fmt] = reason
+    return reasons
 
 
 def _kind_of(name: str, kinds: Sequence[str]) -> str:

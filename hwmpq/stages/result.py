@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from hwmpq.artifact.folder import replace_folder
 from hwmpq.errors import InputError
 from hwmpq.formats import format_named
 from hwmpq.search import solve
+from hwmpq.stages.budget import parse_latency
 from hwmpq.stages.build import Made
 from hwmpq.stages.choose import loss_of, within
 from hwmpq.stages.job import Job
-from hwmpq.stages.latency import LatencyFacts
+from hwmpq.stages.latency import LatencyFacts, unknown_cells
 from hwmpq.stages.menu import Menu
 from hwmpq.stages.timing import Timed
 from hwmpq.stages.verify import Accuracy
@@ -29,8 +30,8 @@ EXIT_CODES = {
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One line of the final table. options: format -> measured seconds of the cell; why_not:
-    format -> reason where there is none."""
+    """One line of the final table. options: format -> seconds of the cell; why_not: format ->
+    reason where there is none; latency_source: 'measured' or 'predicted', of the chosen cell."""
 
     name: str
     op: str
@@ -42,6 +43,7 @@ class LayerRow:
     predicted_s: float | None
     options: Mapping[str, float]
     why_not: Mapping[str, str]
+    latency_source: str = "measured"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +71,27 @@ class Result:
         html(self.json, self.rows, self.frontier, Path(path))
         return Path(path)
 
-    def solve(self, latency: float | None = None, solver: str = "ilp") -> Solution:
-        """The best plan for another latency (seconds) from the same facts; nothing is measured."""
+    def solve(self, latency: float | str | None = None, solver: str = "ilp") -> Solution:
+        """The best plan for another latency from the same facts; nothing is measured.
+
+        latency: seconds, or a budget as `quantize` takes it. Raises InputError.
+        """
         if self.problem is None:
             raise InputError("a dry run has no problem to solve")
-        return solve(within(self.problem, latency), solver)
+        if latency == "fastest":
+            return solve(replace(self.problem, minimize="latency_s"), solver)
+        seconds = self._seconds(latency) if isinstance(latency, str) else latency
+        return solve(within(self.problem, seconds), solver)
+
+    def _seconds(self, text: str) -> float:
+        limit = parse_latency(text)
+        assert limit is not None
+        if limit.seconds is not None:
+            return limit.seconds
+        timed = self.json["baselines"]
+        if limit.of not in timed:
+            raise InputError(f"budget relative to {limit.of!r}", None, list(timed))
+        return float((limit.ratio or 1.0) * timed[limit.of]["latency_s"])
 
     def write(self, out: Path, made: Path) -> None:
         """Put result.json, report.html and the artifact into `out`, replaced as a whole.
@@ -81,44 +99,58 @@ class Result:
         A result that was met is not replaced by one that was not: that goes to `<out>.<status>`.
         """
         place = out
-        if out.exists():
-            if not is_ours(out):
-                raise InputError(
-                    "the output folder holds something else", out,
-                    "a new folder or one that hwmpq made", "Choose another --out.",
-                )  # fmt: skip
-            if _was_met(out) and self.exit_code != 0:
-                place = out.with_name(f"{out.name}.{self.json['status']}")
+        if _was_met(out) and self.exit_code != 0:
+            place = out.with_name(f"{out.name}.{self.json['status']}")
+        check_place(place)
         self.json["artifact"] = str(place / "artifact")
         self.json["report"] = str(place / "report.html")
         aside = made.parent / "result"
-        aside.mkdir()
-        os.replace(made, aside / "artifact")
         try:
+            aside.mkdir()
+            os.replace(made, aside / "artifact")
             (aside / "result.json").write_text(json.dumps(self.json, indent=1) + "\n")
             rows = [asdict(row) for row in self.rows]
             (aside / "rows.json").write_text(
                 json.dumps({"version": 1, "rows": rows, "frontier": self.frontier}, indent=1)
             )
             self.report(aside / "report.html")
+            replace_folder(aside, place)
         except OSError as error:
-            raise InputError(f"cannot write the result to {out}", error) from error
-        replace_folder(aside, place)
+            raise InputError(
+                f"cannot write the result to {out}", error.strerror or error, None,
+                "Free some space or choose another --out.",
+            ) from error  # fmt: skip
+
+
+def check_place(out: Path) -> None:
+    """Raises InputError for a folder that may not be replaced."""
+    if out.exists() and not is_ours(out):
+        raise InputError(
+            "the output folder holds something else", out,
+            "a new folder or one that hwmpq made", "Choose another --out.",
+        )  # fmt: skip
 
 
 def is_ours(folder: Path) -> bool:
-    """An empty folder, or one that a run wrote."""
+    """An empty folder, or one that a run wrote and to which nobody added anything."""
     if not folder.is_dir():
         return False
-    names = {p.name for p in folder.iterdir()}
-    return not names or "result.json" in names
+    names = {p.name for p in folder.iterdir() if not p.name.startswith("report.")}
+    if not names:
+        return not any(folder.iterdir())
+    return names <= {"artifact", "result.json", "rows.json"} and "status" in _read(folder)
 
 
 def _was_met(folder: Path) -> bool:
+    return _read(folder).get("status") == "met"
+
+
+def _read(folder: Path) -> dict[str, Any]:
     try:
-        return bool(json.loads((folder / "result.json").read_text())["status"] == "met")
-    except (OSError, ValueError, KeyError):
-        return False
+        found = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def layer_rows(
@@ -126,15 +158,17 @@ def layer_rows(
 ) -> list[LayerRow]:
     """One row per layer of the plan."""
     losses = loss_of(problem, assignment)
+    unknown = unknown_cells(job.network, facts)
     rows = []
     for layer in job.network.layers:
         fmt = assignment[layer.name]
         kernel = menu.kernels[layer.name][fmt]
-        options = {}
+        options, source = {}, "measured"
         for name in menu.kernels[layer.name]:
             cell = facts.cell(layer.workload, name)
             if cell is not None and not cell.error:
                 options[name] = cell.latency_s
+                source = cell.source if name == fmt else source
         rows.append(
             LayerRow(
                 layer.name,
@@ -146,7 +180,8 @@ def layer_rows(
                 losses[layer.name],
                 options.get(fmt),
                 options,
-                menu.reasons[layer.name],
+                menu.reasons[layer.name] | unknown[layer.name],
+                source,
             )
         )
     return rows
@@ -166,7 +201,8 @@ def shape_text(workload: Any) -> str:
 
 def result_json(
     job: Job, *, status: str, ambiguous: bool, assignment: Assignment, rows: list[LayerRow],
-    predicted_s: float, tolerance: float, own: Timed, limit_s: float | None, statistic: str,
+    predicted_s: float, predicted_interval: tuple[float, float], own: Timed,
+    limit_s: float | None, statistic: str,
     baselines: dict[str, dict[str, Any]], accuracy: Accuracy, objective: float | None,
     bound: float | None, gap: float | None, rounds: int, seconds: dict[str, float], out: Path,
     made: Made, split: str, new_timings: int, failures: dict[str, str], estimator: str,
@@ -189,7 +225,7 @@ def result_json(
             r.name: {
                 "kernel": r.kernel,
                 "execution": r.execution,
-                "latency_source": "measured",
+                "latency_source": r.latency_source,
             }
             for r in rows
         },
@@ -197,7 +233,7 @@ def result_json(
             "budget": limit_s,
             "statistic": statistic,
             "predicted": predicted_s,
-            "predicted_interval": [predicted_s * (1 - tolerance), predicted_s * (1 + tolerance)],
+            "predicted_interval": list(predicted_interval),
             "measured": own.latency_s,
             "measured_interval": list(own.interval),
         },

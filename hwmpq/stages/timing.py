@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,18 @@ from typing import Any
 import numpy as np
 
 from hwmpq.errors import DeviceError
-from hwmpq.measure import Cell, CellTiming, Protocol, WorkerProcess, median_interval, time_block
+from hwmpq.kernels import CODEGEN_VERSION
+from hwmpq.measure import (
+    Cell,
+    CellTiming,
+    Protocol,
+    WorkerProcess,
+    fingerprint,
+    median_interval,
+    time_block,
+)
 from hwmpq.stages.job import Job
+from hwmpq.types import Assignment, digest
 
 
 @dataclass(frozen=True)
@@ -25,16 +35,49 @@ class Timed:
 
 
 def time_artifacts(
-    job: Job, folders: Mapping[str, Path], statistic: str = "median", rounds: int = 25
+    job: Job, folders: Mapping[str, Path], statistic: str, worker: WorkerProcess, rounds: int = 25
 ) -> dict[str, Timed]:
     """Time artifacts together, in Latin-square rounds. Raises DeviceError when one cannot run."""
     protocol = Protocol(
         rounds=rounds, epoch_s=0.006, threads=job.options.threads, seed=job.options.seed
     )
     cells = [Cell(key, kind="artifact", path=str(path)) for key, path in folders.items()]
-    with WorkerProcess(job.device.prefix, threads=job.options.threads) as worker:
-        timings = time_block(cells, protocol, worker)
+    timings = time_block(cells, protocol, worker)
     return {t.key: _timed(t, statistic) for t in timings}
+
+
+def stored_times(
+    job: Job,
+    assignments: Mapping[str, Assignment],
+    statistic: str,
+    measure: Callable[[], dict[str, Timed]],
+) -> dict[str, Timed]:
+    """The uniform artifacts' times as first measured here.
+
+    Prices and relative budgets rest on them while a plan is chosen, so a run that goes on where
+    one was killed chooses the same; what is reported and accepted is always timed afresh.
+    """
+    key = digest(
+        [CODEGEN_VERSION, job.key, assignments, dict(job.target.tvm), job.options.threads,
+         fingerprint()]
+    )  # fmt: skip
+    found = job.store.fact("uniform", key)
+    if found is None:
+        timed = measure()
+        kept = {
+            name: {"samples_s": list(t.samples_s), "quality": dict(t.quality)}
+            for name, t in timed.items()
+        }
+        job.store.put_fact("uniform", key, kept)
+        return timed
+    return {
+        name: Timed(
+            *summary(tuple(entry["samples_s"]), statistic),
+            tuple(entry["samples_s"]),
+            entry["quality"],
+        )
+        for name, entry in found.items()
+    }
 
 
 def _timed(timing: CellTiming, statistic: str) -> Timed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from hwmpq.data import DataSet, call_named
 from hwmpq.errors import InputError
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages.job import Job
+
+if TYPE_CHECKING:
+    from hwmpq.quantize.judge import Judgement
 
 #: Test images that the exact simulator also sees, for parity.
 PARITY_IMAGES = 256
@@ -78,6 +81,13 @@ def simulated_drop(
     job: Job, assignment: Mapping[str, str], quantizers: Quantizers, data: DataSet, reference: Any
 ) -> float:
     """Paired drop of the exact simulator on held-out calibration images, in points."""
+    return float(simulated(job, assignment, quantizers, data, reference).drop)
+
+
+def simulated(
+    job: Job, assignment: Mapping[str, str], quantizers: Quantizers, data: DataSet, reference: Any
+) -> Judgement:
+    """The exact simulator judged on images. reference: float's outputs on them."""
     import torch
 
     from hwmpq.quantize.judge import judge, predict
@@ -88,7 +98,7 @@ def simulated_drop(
             Simulator(job.graph, assignment, quantizers), data, progress=_steps(advance)
         )
     labels = None if data.labels is None else torch.from_numpy(data.labels)
-    return float(judge(reference, outputs, labels, metric_of(job, data)).drop)
+    return judge(reference, outputs, labels, metric_of(job, data))
 
 
 def deployed_outputs(job: Job, folder: Path, data: DataSet, what: str) -> np.ndarray:

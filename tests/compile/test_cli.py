@@ -265,9 +265,7 @@ def test_what_the_pipeline_finds_is_shown(
     monkeypatch.chdir(tmp_path)
     Path("a.json").write_text('{"assignment": {"conv1": "w8a8"}}')
     asked: list[Any] = []
-    monkeypatch.setattr(
-        f"hwmpq.pipeline.{function}", lambda *given: asked.append(given) or answer, raising=False
-    )
+    monkeypatch.setattr(f"hwmpq.side_jobs.{function}", lambda *given: asked.append(given) or answer)
     assert hwmpq.cli.main([*line.split(), "--threads", "2"]) == 0
     assert shown in capfd.readouterr().out
     assert asked[0][0].model == "m" and asked[0][0].threads == 2
@@ -278,9 +276,7 @@ def test_what_the_pipeline_finds_is_shown(
 def test_search_without_a_plan_is_exit_3(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "hwmpq.pipeline.search_model", lambda *_: {"status": "infeasible"}, raising=False
-    )
+    monkeypatch.setattr("hwmpq.side_jobs.search_model", lambda *_: {"status": "infeasible"})
     assert hwmpq.cli.main(["search", "m", "--json"]) == 3
 
 

@@ -20,16 +20,17 @@ from hwmpq import data, lower, targets, zoo
 from hwmpq.formats import encoding_named
 from hwmpq.frontend.relax_module import relax_module
 from hwmpq.frontend.torch_export import trace
-from hwmpq.graph import Graph
+from hwmpq.graph import Graph, workload_of
 from hwmpq.lower.layout import NHWC, layouts
 from hwmpq.quantize.calibrate import calibrate
 from hwmpq.quantize.simulate import Simulator
 from hwmpq.quantizers import Quantizers
 from hwmpq.storage import is_integer
+from hwmpq.types import Workload
 
 torch.set_num_threads(1)
 TARGET = targets.native()
-MENU = ("fp32", "w8a8", "w4a8", "bf16")
+MENU = ("fp32", "w8a8", "bf16", "w4a8")
 #: Weights by model, in the shared folder; without it and for the others: seeded random ones, whose
 #: classes are next to ties.
 WEIGHTS = {
@@ -53,6 +54,7 @@ class Case:
 
     graph: Graph
     quantizers: Quantizers
+    menu: tuple[str, ...]
     images: Tensor
     trained: bool
 
@@ -60,11 +62,13 @@ class Case:
         return {node.name: fmt for node in self.graph.layers}
 
     def mixed(self, seed: int) -> dict[str, str]:
+        """Seeded formats; equal layers share one, which keeps the kernels to be compiled few."""
         rng = np.random.default_rng(seed)
-        narrow = [f for f in MENU if f != "w4a8"]
-        return {
-            n.name: str(rng.choice(narrow if n.op == "matmul" else MENU)) for n in self.graph.layers
-        }
+        chosen: dict[Workload, str] = {}
+        for node in self.graph.layers:
+            menu = [f for f in self.menu if f != "w4a8"] if node.op == "matmul" else self.menu
+            chosen.setdefault(workload_of(node, self.graph), str(rng.choice(menu)))
+        return {n.name: chosen[workload_of(n, self.graph)] for n in self.graph.layers}
 
 
 def images(name: str, shape: tuple[int, ...], count: int) -> Tensor:
@@ -90,9 +94,11 @@ def case(request: pytest.FixtureRequest) -> Case:
         weights = None
     model = zoo.build(name, weights)
     small = model.input_shape[-1] < 64
-    x = images(name, model.input_shape, 8 if small else 1)
+    x = images(name, model.input_shape, 3 if small else 1)
     graph = trace(model.module, (x[:1],))
-    return Case(graph, calibrate(graph, [x], MENU), x, weights is not None or name == "digits_cnn")
+    menu = MENU if small else MENU[:-1]  # 4-bit scales are searched for: seconds in a large net
+    trained = weights is not None or name == "digits_cnn"
+    return Case(graph, calibrate(graph, [x], menu), menu, x, trained)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +94,8 @@ class SharedWorker:
 
 def main(store: str, out: str, stage: str, item: str) -> None:
     input()
-    quantize_tiny(store=store, out=Path(out), progress=Halt(stage, int(item)))
+    formats = ["fp32", "w8a8", "w4a8"]
+    quantize_tiny(store=store, out=out, formats=formats, progress=Halt(stage, int(item)))
     print("finished", flush=True)
 
 

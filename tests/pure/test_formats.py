@@ -107,6 +107,7 @@ def test_numpy_and_torch_give_equal_bits(name: str) -> None:
     assert back.dtype == np.float32 and torch_back.dtype == torch.float32
     assert torch_back.numpy().tobytes() == back.tobytes()
     assert encoding.fake(x, scale, zero).tobytes() == back.tobytes()
+    assert encoding.fake(*to_torch).numpy().tobytes() == back.tobytes()
     mixed = encoding.quantize(to_torch[0], scale, zero)
     assert torch.equal(mixed, torch_codes)
 

@@ -83,8 +83,9 @@ RULES = {
     "stages": Rule(KERNELS | STAGES | {"stages"}, inside=words("torch")),
     "methods": Rule(METHODS, heavy=words("torch scipy")),
     "pipeline": Rule(METHODS, inside=words("torch tvm")),
+    "side_jobs": Rule(METHODS | {"pipeline"}, inside=words("torch tvm")),
     "cli": Rule(
-        METHODS | {"pipeline"},
+        METHODS | {"pipeline", "side_jobs"},
         heavy=words("typer rich"),
         inside=words("torch tvm xgboost onnxruntime openvino"),
     ),

@@ -1,0 +1,385 @@
+"""The jobs beside quantize, on zoo:digits_cnn: measured once, then solved, explained, compiled; and
+cells without a measured time, predicted or refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hwmpq.cli
+from hwmpq import side_jobs, targets
+from hwmpq.artifact import read_manifest
+from hwmpq.errors import InputError, UnknownName, UnsupportedModel
+from hwmpq.formats import format_named
+from hwmpq.kernels import best
+from hwmpq.measure.store import Store
+from hwmpq.pipeline import Options
+from hwmpq.predict import Predictor, Row, Settings
+from hwmpq.predict.analytic import work
+from hwmpq.search.evaluate import evaluate, index_of
+from hwmpq.stages import predicted
+from hwmpq.stages.choose import make_problem
+from hwmpq.stages.job import Silent, open_job
+from hwmpq.stages.latency import TIME_IS_UP, LatencyFacts, profile, table
+from hwmpq.stages.menu import make_menu
+from hwmpq.stages.result import layer_rows
+from hwmpq.types import Problem, Sensitivity, Transition, Workload
+
+LAYERS = ["stem", "conv1", "depthwise", "pointwise", "conv2", "fc"]
+FORMATS = ["fp32", "w8a8"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    store = tmp_path_factory.mktemp("side") / "store.sqlite"
+    return Options(
+        "zoo:digits_cnn", target="x86-avx2", calib_data="digits#train", formats=tuple(FORMATS),
+        store=str(store), calib=64,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def profiled(options: Options) -> dict[str, Any]:
+    return side_jobs.profile_model(replace(options, calib_data=None))
+
+
+@pytest.fixture(scope="module")
+def losses(options: Options) -> dict[str, Any]:
+    return side_jobs.sensitivity_model(options, None, "output-error")
+
+
+# inspect
+
+
+def test_inspect_of_a_target_that_is_not_here() -> None:
+    found = side_jobs.inspect_model(Options("zoo:digits_cnn", target="x86-amx"))
+    assert [layer["name"] for layer in found["layers"]] == LAYERS
+    assert found["target"] == "x86-amx" and found["parameters"] == 55386
+    assert found["macs"] == sum(layer["macs"] for layer in found["layers"]) > 5e6
+    stem = found["layers"][0]
+    assert stem["op"] == "conv2d" and stem["nbytes"] == 4 * (32 * 9 + 32)
+    assert {"fp32", "w8a8", "w4a8", "bf16"} <= {*stem["formats"]}
+    assert {node["op"] for node in found["glue"]} >= {"mean"}
+    assert found["inputs"][0]["shape"] == [1, 1, 16, 16]
+    assert found["outputs"][0]["shape"] == [1, 10]
+
+
+def test_inspect_says_why_not() -> None:
+    found = side_jobs.inspect_model(Options("zoo:digits_cnn", formats=("fp32", "e4m3", "w4a8.g64")))
+    for layer in found["layers"]:
+        assert layer["formats"] == ["fp32"]
+        assert set(layer["why_not"]) == {"e4m3", "w4a8.g64"} and all(layer["why_not"].values())
+
+
+class Strange(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.erf(torch.sin(self.conv(x)))
+
+
+def strange() -> Strange:
+    return Strange()
+
+
+def test_inspect_lists_all_operators_it_cannot_take() -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        side_jobs.inspect_model(Options(f"{__name__}:strange", input_shape=(1, 1, 8, 8)))
+    assert "erf" in str(caught.value) and "sin" in str(caught.value)
+
+
+# profile, sensitivity
+
+
+def test_profile_measures_once(options: Options, profiled: dict[str, Any]) -> None:
+    assert profiled["layers"] == LAYERS and profiled["formats"] == FORMATS
+    assert all(0 < s < 1 for row in profiled["latency_s"].values() for s in row.values())
+    assert all(set(row) == set(FORMATS) for row in profiled["latency_s"].values())
+    assert profiled["new_timings"] > 12 and not profiled["failures"]
+    again = side_jobs.profile_model(replace(options, calib_data=None))
+    assert again["new_timings"] == 0 and again["latency_s"] == profiled["latency_s"]
+
+
+def test_sensitivity(options: Options, losses: dict[str, Any]) -> None:
+    assert losses["layers"] == LAYERS and losses["estimator"] == "output-error"
+    assert all(row[0] == 0 and 0 < row[1] < 1 for row in losses["loss"])
+    elsewhere = side_jobs.sensitivity_model(replace(options, target="x86-amx"))
+    assert elsewhere["loss"] == losses["loss"]  # kept: the target is no part of it
+
+
+def test_an_unknown_estimator(options: Options) -> None:
+    with pytest.raises(UnknownName, match="output-error"):
+        side_jobs.sensitivity_model(options, None, "output-eror")
+
+
+# search
+
+
+def test_search_solves_from_the_store_alone(
+    options: Options, profiled: dict[str, Any], losses: dict[str, Any]
+) -> None:
+    smallest = side_jobs.search_model(replace(options, latency="fastest"))
+    assert smallest["status"] == "optimal" and smallest["minimize"] == "latency_s"
+    found = side_jobs.search_model(replace(options, latency="0.99x", max_size="0.9x"))
+    assert found["status"] == "optimal" and set(found["assignment"]) == {*LAYERS}
+    assert smallest["latency_s"] <= found["latency_s"] <= found["budget"]["latency_s"]
+    assert found["nbytes"] <= found["budget"]["nbytes"] < 0.9 * 4 * 55386 + 1
+    by_name = dict(zip(LAYERS, losses["loss"], strict=True))
+    plan = {n: by_name[n][FORMATS.index(f)] for n, f in found["assignment"].items()}
+    assert found["loss"] == pytest.approx(sum(plan.values()))
+    for row in found["rows"]:
+        assert row["format"] == found["assignment"][row["name"]]
+        assert row["options"] == profiled["latency_s"][row["name"]]
+        (other,) = set(FORMATS) - {row["format"]}
+        change = by_name[row["name"]][FORMATS.index(other)] - plan[row["name"]]
+        assert row["marginal"][other]["loss"] == pytest.approx(change)
+
+
+def test_search_with_a_drop(
+    options: Options, profiled: dict[str, Any], losses: dict[str, Any]
+) -> None:
+    found = side_jobs.search_model(replace(options, max_drop=1.0))
+    assert found["status"] in ("optimal", "accuracy")
+    assert (found["drop"] > 1.0) == (found["status"] == "accuracy")
+
+
+def test_search_of_the_impossible(
+    options: Options, profiled: dict[str, Any], losses: dict[str, Any]
+) -> None:
+    found = side_jobs.search_model(replace(options, latency="1ns"))
+    assert found["status"] == "infeasible" and found["least"]["latency_s"] > 1e-6
+    assert "fastest plan" in found["error"]["next"] and "assignment" not in found
+
+
+def test_search_needs_budgets_and_facts(
+    options: Options, losses: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no budget"):
+        side_jobs.search_model(options)
+    empty = replace(options, store=str(tmp_path / "empty.sqlite"), latency="0.9x")
+    with pytest.raises(InputError, match="hwmpq sensitivity"):
+        side_jobs.search_model(empty)
+    side_jobs.sensitivity_model(empty)
+    with pytest.raises(InputError, match="hwmpq profile"):
+        side_jobs.search_model(empty)
+    with Store.open(empty.store) as store:
+        assert not store.rows() and store.fact("overhead", "") is None
+
+
+def test_marginals_move_tied_layers_together() -> None:
+    cost = np.array([[0.0, 2.0], [3.0, np.inf]])
+    problem = Problem(
+        ("a", "b", "c"), ("fp32", "w8a8"), loss=np.array([[0.0, 1.0]] * 3),
+        latency_s=np.array([[5.0, 1.0]] * 3), nbytes=np.ones((3, 2)), bops=np.ones((3, 2)),
+        transitions=(Transition("b", "c", cost),), ties=(("a", "b"),),
+    )  # fmt: skip
+    choice = {"a": "fp32", "b": "fp32", "c": "w8a8"}
+    found = side_jobs.marginals(problem, choice)
+    assert found["a"] == {} == found["b"]  # with c in w8a8 nobody knows what b in w8a8 costs
+    assert found["c"]["fp32"] == {"loss": -1.0, "latency_s": 2.0, "nbytes": 0.0, "bops": 0.0}
+    choice["c"] = "fp32"
+    change = side_jobs.marginals(problem, choice)["b"]["w8a8"]
+    assert change["loss"] == 2.0 and change["latency_s"] == 3.0 - 8.0
+    whole = evaluate(problem, index_of(problem, choice)).of("latency_s")
+    assert float(whole) == 15.0
+
+
+# frontier
+
+
+def test_frontier(options: Options, profiled: dict[str, Any], losses: dict[str, Any]) -> None:
+    found = side_jobs.frontier_model(options)
+    plans = found["frontier"]
+    assert len(plans) >= 2 and found["new_timings"] == 0
+    assert plans == sorted(plans, key=lambda plan: plan["latency_s"])
+    assert all(a["loss"] > b["loss"] for a, b in zip(plans, plans[1:], strict=False))
+    assert plans[-1]["loss"] == 0 and plans[-1]["assignment"] == dict.fromkeys(LAYERS, "fp32")
+    assert 0 < sum("accuracy" in plan for plan in plans) <= side_jobs.JUDGED
+    assert plans[-1]["drop"] == 0 and found["accuracy"]["float"] > 90
+    assert set(found["baselines"]) == {"fp32", "w8a8"}
+    searched = side_jobs.search_model(replace(options, latency="0.9999s"))
+    assert searched["overhead_s"] == found["overhead_s"]
+
+
+# compile
+
+
+def test_compile_from_a_file_and_again_from_its_quantizers(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = dict.fromkeys(LAYERS, "fp32") | {"conv2": "w8a8"}
+    Path("plan.json").write_text(json.dumps(plan))
+    line = "compile zoo:digits_cnn --assignment plan.json --target x86-avx2 --json --out"
+    assert hwmpq.cli.main([*line.split(), "one", "--calib-data", "digits#train"]) == 0
+    assert hwmpq.cli.main([*line.split(), "two", "--quantizers", "one/quantizers.safetensors"]) == 0
+    one, two = (read_manifest(tmp_path / name) for name in ("one", "two"))
+    assert one["assignment"] == two["assignment"] == plan
+    same = ("parameters.safetensors", "quantizers.safetensors")
+    assert [one["files"][n] for n in same] == [two["files"][n] for n in same]
+
+
+def test_compile_answers_with_a_replay(options: Options, tmp_path: Path) -> None:
+    plan = dict.fromkeys(reversed(LAYERS), "w8a8")
+    found = side_jobs.compile_model(replace(options, out=str(tmp_path / "made")), plan)
+    assert found["parity"]["top1_agreement"] == 100 and found["parity"]["samples"] == 4
+    assert list(found["assignment"]) == LAYERS
+    assert found["kernels"]["conv2"]["kernel"] and found["nbytes"]["weights"] < 0.3 * 4 * 55386
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conv2": None, "fc": None}, "lacks 2 of 6 layers: got conv2, fc"),
+        ({"conv3": "fp32"}, "unknown layer in the assignment: got 'conv3'.*Nearest: conv2"),
+        ({"conv2": "e4m3", "fc": "e5m2"}, "2 layers cannot run.*conv2 in e4m3: .*fc in e5m2: "),
+        ({"conv2": "w8a9"}, "unknown format"),
+    ],
+)
+def test_compile_refuses_an_assignment(
+    options: Options, tmp_path: Path, change: dict[str, str | None], words: str
+) -> None:
+    given = dict.fromkeys(LAYERS, "fp32") | change
+    plan = {name: fmt for name, fmt in given.items() if fmt is not None}
+    with pytest.raises(InputError, match=words):
+        side_jobs.compile_model(replace(options, out=str(tmp_path / "made")), plan)
+    assert not (tmp_path / "made").exists()
+
+
+def test_compile_spares_other_folders(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="holds something else"):
+        side_jobs.compile_model(replace(options, out=str(tmp_path)), dict.fromkeys(LAYERS, "fp32"))
+
+
+# cells without a measured time
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of cost models with one of x86-avx2: its rows are twice their static estimate."""
+    target = targets.load("x86-avx2")
+    shapes = [
+        Workload.make("linear", "bias", m=m, k=k, n=n)
+        for m in (1, 16) for k in (32, 64) for n in (10, 64, 128)
+    ] + [
+        Workload.make(
+            "conv2d", "bias+relu", n=1, h=s, w=s, cin=c, cout=c, kh=3, kw=3, sh=1, sw=1, pt=1,
+            pl=1, pb=1, pr=1, dh=1, dw=1, groups=1,
+        )
+        for s in (8, 16, 24) for c in (16, 32, 48, 64)
+    ]  # fmt: skip
+    rows = []
+    for workload in shapes:
+        for name in FORMATS:
+            fmt = format_named(name)
+            kernel = best(workload, fmt, target.features)
+            assert kernel is not None
+            seconds = 2 * float(work(workload, fmt, kernel, target).terms.sum()) / 3e9
+            rows.append(Row(workload, name, kernel.name, 1, seconds))
+    folder = tmp_path_factory.mktemp("models")
+    Predictor.fit(rows, target, settings=Settings(trees=20, depth=3)).save(folder / target.name)
+    return folder
+
+
+@pytest.fixture
+def unmeasured(options: Options, tmp_path: Path) -> Any:
+    """A job whose --max-time is used up by the glue, its menu and facts."""
+    late = replace(options, store=str(tmp_path / "late.sqlite"), max_time=1e-6)
+    job = open_job(late, Silent())
+    with job.store:
+        menu = make_menu(job.network, job.target, late.formats)
+        yield job, menu, profile(job, menu)
+
+
+def test_out_of_time(
+    unmeasured: Any, models: Path, profiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, menu, facts = unmeasured
+    assert facts.new_timings == len(facts.glue) and not facts.layers
+    assert {*facts.unknown.values()} == {TIME_IS_UP}
+    loss = Sensitivity(job.network.names, menu.formats, np.zeros(menu.legal.shape), "x", 1)
+    with pytest.raises(InputError, match=r"layers without any usable format.*--max-time is used"):
+        make_problem(job, menu, loss, table(job, menu, facts), None)
+
+    known = "conv1"
+    measured = known_cell(job, facts, known)
+    monkeypatch.setattr(predicted, "data_folder", lambda _: models)
+    filled = predicted.fill_in(job, menu, measured)
+    of = {layer.name: layer.workload for layer in job.network.layers}
+    assert filled.cell(of[known], "fp32").latency_s == 0.5  # what was measured wins
+    assert filled.cell(of["conv2"], "w8a8").source == "predicted"
+    assert "seen no depthwise" in filled.unknown[of["depthwise"].key, "w8a8"]
+    assert not job.store.measurements()
+    low, high = predicted.spread(job, dict.fromkeys(of, "fp32"), filled)
+    assert low < 0 < high
+
+    only = {layer.workload.key for layer in job.network.layers if layer.name == "depthwise"}
+    for fmt in menu.formats:
+        for key in only:
+            filled.layers[key, fmt] = measured.layers[of[known].key, "fp32"]
+    problem = make_problem(job, menu, loss, table(job, menu, filled), None)
+    rows = layer_rows(job, menu, filled, problem, dict.fromkeys(LAYERS, "fp32"))
+    source = {row.name: row.latency_source for row in rows}
+    assert source["conv1"] == "measured" and source["conv2"] == "predicted"
+    assert "seen no depthwise" in rows[2].why_not["w8a8"]
+
+
+def known_cell(job: Any, facts: LatencyFacts, name: str) -> LatencyFacts:
+    """The facts with half a second for a layer in fp32, and one wrong and one late cell."""
+    from hwmpq.types import Measurement
+
+    workload = job.network.layer(name).workload
+    cell = Measurement("k", workload, "fp32", "kernel", 1, (0.5,))
+    unknown = {k: v for k, v in facts.unknown.items() if k != (workload.key, "fp32")}
+    unknown[job.network.layer("fc").workload.key, "w8a8"] = "wrong numbers: 3 of 10"
+    return replace(facts, layers={(workload.key, "fp32"): cell}, unknown=unknown)
+
+
+def test_a_wrong_kernel_is_never_predicted(
+    unmeasured: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, menu, facts = unmeasured
+    monkeypatch.setattr(predicted, "data_folder", lambda _: models)
+    filled = predicted.fill_in(job, menu, known_cell(job, facts, "conv1"))
+    key = job.network.layer("fc").workload.key
+    assert filled.unknown[key, "w8a8"] == "wrong numbers: 3 of 10"
+    assert (key, "w8a8") not in filled.layers and (key, "fp32") in filled.layers
+
+
+@pytest.mark.parametrize(
+    ("reason", "may"),
+    [
+        (TIME_IS_UP, True), ("timed out after 60 s in step 'time'", True), ("not timed", True),
+        ("wrong numbers: off by 3", False), ("compile: no answer to 'call'", False),
+        ("crashed: SIGSEGV in step 'check'", False), ("TVMError: no such function", False),
+    ],
+)  # fmt: skip
+def test_which_failures_are_predicted(reason: str, may: bool) -> None:
+    assert predicted.may_predict(reason) is may
+
+
+def test_a_model_that_does_not_fit(
+    unmeasured: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, menu, facts = unmeasured
+    monkeypatch.setattr(predicted, "data_folder", lambda _: tmp_path / "none")
+    filled = predicted.fill_in(job, menu, facts)
+    assert not filled.layers and "there is no cost model" in next(iter(filled.unknown.values()))
+    other = tmp_path / "other" / "x86-avx2"
+    other.mkdir(parents=True)
+    card = (models / "x86-avx2" / "card.toml").read_text()
+    (other / "card.toml").write_text(card.replace("codegen = ", "codegen = 99"))
+    monkeypatch.setattr(predicted, "data_folder", lambda _: other.parent)
+    filled = predicted.fill_in(job, menu, facts)
+    assert not filled.layers
+    assert "version of the emitted kernels" in next(iter(filled.unknown.values()))
