@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/hwmpq quantize zoo:digits_cnn --data digits --calib-data digits#train --latency 0.7x --max-drop 0.5 --out build/demo
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.installed-dev
 	tools/check

@@ -66,7 +66,7 @@ def within(problem: Problem, latency_s: float | None) -> Problem:
 
 def least_loss(job: Job, problem: Problem) -> Solution:
     """Least loss within the budgets. Raises InfeasibleError naming the best possible plans."""
-    solution = solve(problem, job.options.search, time_limit_s=solver_limit_s(job), seed=job.options.seed)
+    solution = solve(problem, job.options.search, solver_limit_s(job), job.options.seed)
     if solution.status == "infeasible":
         raise infeasible(problem, solution)
     if not solution.choice:

@@ -17,8 +17,9 @@ from hwmpq.stages.job import Images, Job
 from hwmpq.stages.menu import Menu
 from hwmpq.types import BoolArray, Sensitivity, digest
 
-#: Images that an estimator looks at; more cost time in proportion.
-SENSITIVITY_IMAGES = 64
+#: Images that an estimator looks at, for small and for large inputs (from 64 pixels on); more cost
+#: time in proportion.
+SENSITIVITY_IMAGES, SENSITIVITY_LARGE = 64, 32
 #: Part of the sensitivities' keys: raise it when an estimator or the simulator changes.
 SENSITIVITY_VERSION = 1
 RANGES: Final = "mse"
@@ -113,7 +114,8 @@ def _asked(job: Job, images: Images, menu: Menu) -> tuple[str, DataSet, dict[str
     name = job.options.sensitivity or "output-error"
     if name not in sensitivity.names():
         raise UnknownName("sensitivity estimator", name, sensitivity.names())
-    count = min(SENSITIVITY_IMAGES, len(images.calib))
+    large = job.graph.tensors[job.graph.inputs[0]][-1] >= 64
+    count = min(SENSITIVITY_LARGE if large else SENSITIVITY_IMAGES, len(images.calib))
     part = images.calib.subset(np.linspace(0, len(images.calib) - 1, count).astype(int))
     key = digest(
         [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest, name, RANGES,

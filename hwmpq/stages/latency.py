@@ -166,10 +166,11 @@ def _known_glue(job: Job, menu: Menu, device: str) -> tuple[dict[str, float], li
                 known[key] = 0.0
                 continue
             fact = job.store.fact("glue", _glue_key(job, key, device))
-            if fact is not None and fact["samples_s"]:
-                known[key] = float(np.median(fact["samples_s"]))
-            else:
+            if fact is None:
                 missing[key] = step.call
+            else:  # a failure is kept as well: `--fresh` measures again
+                samples = fact["samples_s"]
+                known[key] = float(np.median(samples)) if samples else float("inf")
     return known, list(missing.values())
 
 

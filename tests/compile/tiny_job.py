@@ -93,6 +93,7 @@ class SharedWorker:
 
 
 def main(store: str, out: str, stage: str, item: str) -> None:
+    hwmpq.trace(tiny(), (torch.zeros(1, 1, 16, 16),))  # loads what is slow before the start
     input()
     formats = ["fp32", "w8a8", "w4a8"]
     quantize_tiny(store=store, out=out, formats=formats, progress=Halt(stage, int(item)))

@@ -8,7 +8,7 @@ import pytest
 
 from hwmpq import targets
 from hwmpq.errors import InputError, UnknownName
-from hwmpq.stages.menu import Menu, make_menu, uniform
+from hwmpq.stages.menu import DEFAULT, Menu, make_menu, uniform
 from hwmpq.types import Layer, Network, Workload
 
 CONV = dict(
@@ -37,7 +37,7 @@ def legal(menu: Menu, layer: str) -> list[str]:
 
 def test_default(menu_of: Any) -> None:
     menu = menu_of()
-    assert menu.formats == ("fp32", "bf16", "w8a8", "w4a8", "w2a8")
+    assert menu.formats == DEFAULT
     assert legal(menu, "stem") == list(menu.formats)
     assert legal(menu, "block.qk") == ["fp32", "bf16", "w8a8"]
     assert menu.ties == ()
