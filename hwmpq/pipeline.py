@@ -255,7 +255,7 @@ def survey(bench: Bench, size: int | None) -> Ground:
     measured = [(plan, first[name].latency_s) for name, plan in bench.uniforms().items()]
     latency = fit_overhead(job, facts.latency, measured)
     if all(cell.source == "measured" for cell in facts.latency.layers.values()):
-        job.store.put_fact("overhead", overhead_key(job), latency.overhead_s)
+        job.store.put_fact("overhead", overhead_key(job), [latency.overhead_s, latency.speed])
     with bench.clock.time("search"):
         problem = make_problem(job, facts.menu, facts.loss, table(job, facts.menu, latency), size)
     return Ground(first, latency, problem)

@@ -7,7 +7,6 @@ source of numbers for the simulator and the lowering. numpy; saved as `quantizer
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from hwmpq.errors import InputError
 from hwmpq.formats import QuantizedWeight
 from hwmpq.requantize import Quantizer
+from hwmpq.tensors import load, save
 
 VERSION = 1
 
@@ -60,8 +60,6 @@ class Quantizers:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file (aside, then renamed)."""
-        from safetensors.numpy import save_file
-
         tensors: dict[str, NDArray[Any]] = {}
         for (layer, fmt), weight in self.weights.items():
             tensors[f"{layer}|{fmt}|codes"] = np.ascontiguousarray(weight.codes)
@@ -69,21 +67,12 @@ class Quantizers:
                 tensors[f"{layer}|{fmt}|scale"] = np.ascontiguousarray(weight.scale)
         table = [[t, e, float(q.scale), q.zero] for (t, e), q in sorted(self.activations.items())]
         metadata = {"version": str(VERSION), "activations": json.dumps(table)}
-        aside = path.with_name(path.name + ".part")
-        save_file(tensors, aside, metadata)
-        os.replace(aside, path)
+        save(path, tensors, metadata)
 
     @staticmethod
     def load(path: Path) -> Quantizers:
         """Read a file made by `save`. Raises InputError on anything else."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read quantizers {path}", error) from error
+        tensors, metadata = load(path)
         if metadata.get("version") != str(VERSION):
             raise InputError(
                 f"{path} is no quantizers file of this version",

@@ -47,13 +47,15 @@ COMPILE_DEADLINE_S = 180.0
 class LatencyFacts:
     """layers: (workload key, format) -> Measurement; glue: call key -> seconds.
 
-    overhead_s: seconds per kernel call that the runtime adds, fitted on the uniform artifacts.
+    overhead_s: seconds per kernel call that the runtime adds, and speed: factor on every cell, both
+    fitted on the uniform artifacts.
     new_timings: cells and glue timed by this run. unknown: why a cell of `layers` has no time.
     """
 
     layers: dict[tuple[str, str], Measurement]
     glue: dict[str, float]
     overhead_s: float = 0.0
+    speed: float = 1.0
     new_timings: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     unknown: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -311,11 +313,13 @@ class _Bench:
 def step_seconds(step: Step, facts: LatencyFacts) -> float:
     """Seconds of one step, without the runtime's overhead; nan when unknown."""
     if isinstance(step.call, GlueCall):
-        return facts.glue.get(glue_kernels.key(step.call), float("nan"))
+        return facts.speed * facts.glue.get(glue_kernels.key(step.call), float("nan"))
     if step.call is None:
         return 0.0
     cell = facts.cell(step.call.workload, step.call.format.name)
-    return cell.latency_s if cell is not None and not cell.error else float("inf")
+    if cell is None or cell.error:
+        return float("inf")
+    return facts.speed * cell.latency_s
 
 
 def schedule_of(job: Job, assignment: Mapping[str, str]) -> Schedule:
@@ -344,25 +348,32 @@ def price(job: Job, assignment: Mapping[str, str], facts: LatencyFacts) -> float
 def fit_overhead(
     job: Job, facts: LatencyFacts, measured: Sequence[tuple[Mapping[str, str], float]]
 ) -> LatencyFacts:
-    """The overhead per call that explains the measured artifacts best (least squares, ≥ 0)."""
-    calls, rest = [], []
-    for assignment, seconds in measured:
+    """The overhead per call, and then the machine's speed, that explain the measured artifacts.
+
+    measured: (assignment, seconds) of the uniform artifacts. The overhead is a least-squares fit,
+    at least 0; what it leaves is a common factor on all cells: clocks and neighbours differ between
+    the hour of the profile and this one.
+    """
+    calls, cells, seconds = [], [], []
+    for assignment, took in measured:
         schedule = schedule_of(job, assignment)
-        cells = sum(step_seconds(step, facts) for step in schedule.steps)
-        if np.isfinite(cells):
+        total = sum(step_seconds(step, facts) for step in schedule.steps)
+        if np.isfinite(total):
             calls.append(calls_of(schedule))
-            rest.append(seconds - cells)
+            cells.append(total)
+            seconds.append(took)
     if not calls:
         return facts
-    n, r = np.array(calls, float), np.array(rest)
-    overhead = max(float((n * r).sum() / (n * n).sum()), 0.0)
-    return replace(facts, overhead_s=overhead)
+    n, c, s = np.array(calls, float), np.array(cells), np.array(seconds)
+    overhead = max(float((n * (s - c)).sum() / (n * n).sum()), 0.0)
+    speed = float(np.median(s / (c + overhead * n)))
+    return replace(facts, overhead_s=overhead * speed, speed=facts.speed * speed)
 
 
 def overhead_key(job: Job) -> str:
-    """Under which the store keeps the overhead per call of a network on a device."""
-    return digest([CODEGEN_VERSION, job.key, dict(job.target.tvm), job.options.threads,
-                   fingerprint()])  # fmt: skip
+    """Under which the store keeps what `fit_overhead` found for a network on a device."""
+    return digest(["overhead, speed", CODEGEN_VERSION, job.key, dict(job.target.tvm),
+                   job.options.threads, fingerprint()])  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,7 +395,7 @@ def table(job: Job, menu: Menu, facts: LatencyFacts) -> LatencyTable:
         for j, name in enumerate(formats):
             cell = facts.cell(layer.workload, name)
             if cell is not None and not cell.error:
-                latency[i, j] = cell.latency_s + facts.overhead_s
+                latency[i, j] = facts.speed * cell.latency_s + facts.overhead_s
     kinds = _kinds(menu)
     column = {name: _kind_of(name, kinds) for name in formats}
     walks = {k: _walk(job, menu, dict.fromkeys(network.names, k)) for k in kinds}

@@ -65,7 +65,7 @@ def spread(
             below, above = cell.quality["interval"]
             low += below - cell.latency_s
             high += above - cell.latency_s
-    return low, high
+    return facts.speed * low, facts.speed * high
 
 
 def _predictor(job: Job) -> Predictor:
