@@ -91,3 +91,33 @@ print(hwmpq.__version__, hwmpq.Target.__name__)
     assert Path(models) == installed / "_cost_models"
     assert names.split() == sorted(path.stem for path in (checkout / "targets").glob("*.toml"))
     assert version.split()[1] == "Target"
+
+
+def test_the_installed_package_compiles_and_runs(python: Path, tmp_path: Path) -> None:
+    code = """
+import json, subprocess, sys
+listed = json.loads(subprocess.run(
+    [sys.executable, "-m", "hwmpq.cli", "targets", "--json"], capture_output=True, check=True
+).stdout)
+print("x86-avx2" in json.dumps(listed))
+import numpy as np, torch
+import hwmpq
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(),
+                          torch.nn.Flatten(), torch.nn.Linear(8 * 6 * 6, 4)).eval()
+x = torch.randn(1, 3, 6, 6)
+from hwmpq import lower, targets
+from hwmpq.frontend.relax_module import relax_module
+from hwmpq.quantize.calibrate import calibrate
+import tvm
+graph = hwmpq.trace(net, (x,))
+plan = {node.name: "w8a8" for node in graph.layers}
+built = lower.build(relax_module(graph), plan, calibrate(graph, [x], ["w8a8"]), targets.native())
+vm = tvm.relax.VirtualMachine(built.executable, tvm.cpu())
+weights = [tvm.runtime.tensor(a) for a in built.parameters.values()]
+y = vm["main"](tvm.runtime.tensor(x.numpy()), *weights).numpy()
+print(y.shape, bool(np.abs(y - net(x).detach().numpy()).max() < 0.1))
+"""
+    listed, ran = run(python, "-c", code, cwd=tmp_path).splitlines()
+    assert listed == "True"
+    assert ran == "(1, 4) True"

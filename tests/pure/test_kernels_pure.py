@@ -71,7 +71,9 @@ def random_codes(encoding: str, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.random.default_rng(0).integers(low, high + 1, shape).astype(np.int8)
 
 
-@pytest.mark.parametrize("micro", [m for m in micros() if m.acc_dtype == "int32"], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "micro", [m for m in micros() if m.acc_dtype == "int32"], ids=lambda m: m.name
+)
 @pytest.mark.parametrize("encoding", ["s8", "s7", "s6", "s5", "s4", "s3", "s2"])
 @pytest.mark.parametrize(
     "work",
