@@ -7,7 +7,8 @@ multiply-add cannot change it. All other cases go through the fp32 value y:
     y = f32(acc + bias) · m_c   (integer accumulator)   or
     y = acc · m_c + bias        (float accumulator; m = 1 unless the weights have a scale)
     y = clamp(y [+ value of r], lo, hi);   stored as y, or as q = clamp(rint(y / s) + z)
-where a division by a scale is always the product with its fp32 reciprocal.
+where a division by a scale is always the product with its fp32 reciprocal, and every product and
+every sum is rounded to fp32: nothing is fused.
 
 `constants` computes the numbers, `apply` is their meaning on numpy or torch arrays: the simulator
 calls it, the compiled kernels are tested against it bit by bit.

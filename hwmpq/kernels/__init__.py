@@ -24,7 +24,7 @@ from hwmpq.types import Execution, Workload, digest
 __all__ = ["Call", "Kernel", "Schedule", "best", "candidates", "kernel_named", "why_not"]
 
 #: Part of every cache key of a measured kernel: raise it when emitted code changes.
-CODEGEN_VERSION = 2
+CODEGEN_VERSION = 3
 
 
 @dataclass(frozen=True)

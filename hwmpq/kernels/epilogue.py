@@ -1,6 +1,7 @@
 """The one epilogue emitter: from an accumulator vector to the stored elements.
 
 Emits exactly `hwmpq.requantize.apply`; a test compares them bit by bit for every combination.
+A product that a sum follows is fenced: two roundings, as there.
 """
 
 from __future__ import annotations
@@ -70,11 +71,15 @@ class EpilogueEmitter:
                 if residual is not None:
                     q = q + ir.rint(self._residual_steps(s, residual), lanes)
                 return self._clamp(ir, q + s(Z_OUT), s)
+            y = ir.fence(y, lanes)
+        elif self.scaled:
+            y = ir.fence(acc * ir.load(self.multiplier, channel, lanes), lanes) + bias
         else:
-            y = acc * ir.load(self.multiplier, channel, lanes) + bias if self.scaled else acc + bias
+            y = acc + bias
         if residual is not None:
-            is_code = is_integer(self.residual)
-            y = y + ((residual - s(Z_RES)) * s(M_RES) if is_code else residual)
+            if is_integer(self.residual):
+                residual = ir.fence((residual - s(Z_RES)) * s(M_RES), lanes)
+            y = y + residual
         if to_code:
             return self._clamp(ir, ir.rint(y * s(INV_OUT), lanes) + s(Z_OUT), s)
         return self._clamp(ir, y, s)

@@ -140,9 +140,15 @@ class IR:
         return rows
 
     def fence(self, value: Expr, lanes: int = 1) -> Expr:
-        """An fp32 product that no later sum may take into a fused multiply-add."""
+        """An fp32 product that no sum behind it may take into a fused multiply-add, which LLVM
+        otherwise makes of every product that only feeds a sum."""
         dtype = "float32" if lanes == 1 else f"float32x{lanes}"
         return self.intrinsic("llvm.arithmetic.fence", dtype, value)
+
+    def fma(self, a: Expr, b: Expr, c: Expr, lanes: int = 1) -> Expr:
+        """a · b + c in fp32, rounded once."""
+        dtype = "float32" if lanes == 1 else f"float32x{lanes}"
+        return self.intrinsic("llvm.fma", dtype, a, b, c)
 
     def ramp(self, lanes: int) -> Expr:
         """0, 1, 2 .. as int32."""

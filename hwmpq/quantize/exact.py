@@ -9,7 +9,7 @@ from torch import Tensor
 from hwmpq import requantize
 from hwmpq.formats import encoding_named
 from hwmpq.graph import Node
-from hwmpq.quantize import glue
+from hwmpq.quantize import exact_math, glue
 from hwmpq.quantize.accumulate import Weight, accumulate, product
 from hwmpq.quantize.interpret import Param, apply
 from hwmpq.requantize import Quantizer
@@ -65,7 +65,10 @@ class Exact:
             held = [(d, self._quantizer(t, d)) for d, t in zip(demands, node.inputs, strict=True)]
             return glue.RULES[node.op](node, args, held, (out, self._quantizer(node.name, out)))
         values = [self._values(t, x, d) for t, x, d in zip(node.inputs, args, demands, strict=True)]
-        return self._encode(node.name, apply(node, values, self._param), out)
+        if is_integer(out):
+            held_out = (out, self._quantizer(node.name, out))
+            return exact_math.encoded(node, values, self._param, held_out)
+        return self._encode(node.name, exact_math.apply(node, values, self._param), out)
 
     def _plain(self, layer: ResolvedLayer) -> bool:
         """An fp32 layer in and out: the interpreter's own."""

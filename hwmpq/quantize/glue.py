@@ -12,8 +12,8 @@ every operation is one fp32 operation and every rint rounds halves to even.
                           an integer operand gives t(a) = rint((a − z_a) · f32(s_a / s)),
                           a float operand  t(a) = rint(a · inv)
 
-All other glue, and an add whose result is a float, works on the fp32 values of its operands:
-(q − z) · s of an integer. The result is stored by `Encoding.quantize` (integers) or rounded by
+All other glue, and an add whose result is a float, works on the fp32 values of its operands,
+(q − z) · s of an integer, in the arithmetic of `exact_math`. The result is stored by `Encoding.quantize` (integers) or rounded by
 `Encoding.fake` (floats).
 """  # noqa: E501
 

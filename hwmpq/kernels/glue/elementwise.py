@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,13 +18,8 @@ Function = Callable[[IR, Expr, dict[str, Any], int], Expr]
 
 
 def _gelu(ir: IR, x: Expr, attrs: dict[str, Any], lanes: int) -> Expr:
-    """'tanh': 0.5·(1 + tanh u) = sigmoid(2u), u = sqrt(2/π)·(x + 0.044715·x³)."""
-    if attrs.get("approximate", "none") == "none":
-        return vmath.gelu(ir, x, lanes)
-    x = ir.let(x)
-    cube = vmath.constant(ir, 0.044715, lanes) * x * x * x
-    u = (x + cube) * vmath.constant(ir, 2.0 * math.sqrt(2.0 / math.pi), lanes)
-    return x * vmath.sigmoid(ir, u, lanes)
+    plain = attrs.get("approximate", "none") == "none"
+    return (vmath.gelu if plain else vmath.gelu_tanh)(ir, x, lanes)
 
 
 def _ramp(ir: IR, x: Expr, lanes: int) -> Expr:

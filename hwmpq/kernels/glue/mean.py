@@ -3,79 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from math import prod
 
 from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.kernels.glue.frame import Frame
-from hwmpq.kernels.glue.rows import added
+from hwmpq.kernels.glue.rows import added, partial_sums
 from hwmpq.kernels.glue.walk import Space, walk
 from hwmpq.kernels.ir import Expr
 
-#: Values that are added before they go into the total: keeps the error of long sums small.
-_BLOCK = 16
 
-
-def _split(call: GlueCall) -> tuple[Space, list[tuple[int, int]]]:
-    """Space of the kept elements (input, out), and (extent, stride) of the summed axes, both
-    outermost first in the input's memory."""
-    x, axes = call.inputs[0], [a % len(call.inputs[0].shape) for a in call.attributes["axes"]]
-    summed = [(x.shape[a], x.strides[a]) for a in x.order if a in axes and x.shape[a] > 1]
+def _split(call: GlueCall) -> tuple[Space, Space]:
+    """The kept elements (input, out), outermost first in the input's memory; and the summed ones
+    (input) in the order of their terms, which is that of the logical axes."""
+    x = call.inputs[0]
+    axes = sorted(a % len(x.shape) for a in call.attributes["axes"])
     steps = iter(call.out.strides)
     if len(call.out.shape) == len(x.shape):
         into = dict(enumerate(steps))
     else:
         into = {axis: next(steps) for axis in range(len(x.shape)) if axis not in axes}
     kept = [a for a in x.order if a not in axes]
-    space = Space.of(
-        [x.shape[a] for a in kept], [[x.strides[a] for a in kept], [into[a] for a in kept]]
+    return (
+        Space.of(
+            [x.shape[a] for a in kept], [[x.strides[a] for a in kept], [into[a] for a in kept]]
+        ),
+        Space.of([x.shape[a] for a in axes], [[x.strides[a] for a in axes]]),
     )
-    return space, summed
 
 
 def mean(frame: Frame) -> None:
-    """Along vectors of kept elements when these are innermost in memory, else along rows."""
+    """The sum as `rows` defines it, divided by the number of terms: of rows where the terms lie
+    one behind the other, else of vectors of kept elements."""
     call, ir = frame.call, frame.ir
-    space, summed = _split(call)
-    number = float(prod(extent for extent, _ in summed))
-    rows = bool(summed) and summed[-1][1] == 1
-    *outer, (length, step) = summed or [(1, 0)]
-
-    def accumulate(at: Expr, lanes: int, stride: int) -> Expr:
-        """The sum under one vector of kept elements."""
-        acc = ir.local(2 * lanes, "float32")
-        zero = ir.const(0.0, "float32", lanes)
-        ir.store(acc, 0, zero, lanes)
-        with ExitStack() as stack:
-            for extent, stride_out in outer:
-                at = at + stack.enter_context(ir.loop(extent)) * stride_out
-            if rows:
-                total = added(ir, length, frame.wide, lambda i, n: frame.value(0, at + i, n))
-                ir.store(acc, 0, ir.load(acc, 0) + total)
-            else:
-                for start, count, size in _blocks(length):
-                    with ir.loop(count) as block:
-                        first = at + (start + block * size) * step
-                        ir.store(acc, lanes, zero, lanes)
-                        with ir.loop(size) as i:
-                            x = frame.value(0, first + i * step, lanes, stride)
-                            ir.store(acc, lanes, ir.load(acc, lanes, lanes) + x, lanes)
-                        part = ir.load(acc, 0, lanes) + ir.load(acc, lanes, lanes)
-                        ir.store(acc, 0, part, lanes)
-        return ir.load(acc, 0, lanes)
+    space, terms = _split(call)
+    number = prod(terms.extents)
+    rows = number > 1 and terms.extents == (number,) and terms.strides[0] == (1,)
 
     def body(at: list[Expr], steps: tuple[int, ...], lanes: int) -> None:
-        whole = accumulate(at[0], lanes, steps[0])
-        frame.put(at[1], whole / ir.const(number, "float32", lanes), lanes, steps[1])
+        if rows:
+            whole = added(ir, number, lambda i, n: frame.value(0, at[0] + i, n))
+        else:
+            whole = _added(frame, terms, at[0], lanes, steps[0])
+        frame.put(at[1], whole / ir.const(float(number), "float32", lanes), lanes, steps[1])
 
     walk(ir, space, 1 if rows else frame.wide, call.threads, body)
 
 
-def _blocks(length: int) -> list[tuple[int, int, int]]:
-    """(first, how many, size of each): full blocks and the rest."""
-    full, rest = divmod(length, _BLOCK)
-    found = [(0, full, _BLOCK), (full * _BLOCK, 1, rest)]
-    return [(first, count, size) for first, count, size in found if count and size]
+def _added(frame: Frame, terms: Space, at: Expr, lanes: int, stride: int) -> Expr:
+    """The sums under one vector of kept elements."""
+    ir, number = frame.ir, prod(terms.extents)
+    count = partial_sums(number)
+    full, rest = divmod(number, count)
+    partial, acc = (ir.local(n, "float32") for n in (count * lanes, lanes))
+
+    def value(index: Expr) -> Expr:
+        """The term of this index."""
+        position, inner = at, number
+        for axis, (extent, step) in enumerate(zip(terms.extents, terms.strides[0], strict=True)):
+            inner //= extent
+            along = index if inner == 1 else index // inner
+            position = position + (along if axis == 0 else along % extent) * step
+        return frame.value(0, position, lanes, stride)
+
+    def add(term: Expr) -> None:
+        ir.store(acc, 0, ir.load(acc, 0, lanes) + term, lanes)
+
+    for first, many in ((0, count - rest), (count - rest, rest)):
+        if not many:
+            continue
+        with ir.loop(many) as i:
+            which = first + i
+            ir.store(acc, 0, ir.const(0.0, "float32", lanes), lanes)
+            with ir.loop(full) as block:
+                add(value(block * count + which))
+            if first:
+                add(value(number - count + which))
+            ir.store(partial, which * lanes, ir.load(acc, 0, lanes), lanes)
+    sums = [ir.load(partial, i * lanes, lanes) for i in range(count)]
+    while len(sums) > 1:
+        half = len(sums) // 2
+        sums = [ir.let(a + b) for a, b in zip(sums[:half], sums[half:], strict=True)]
+    return sums[0]
 
 
 EMITTERS: dict[str, Callable[[Frame], None]] = {"mean": mean}

@@ -80,7 +80,8 @@ def max_pool2d(frame: Frame) -> None:
 
 
 def avg_pool2d(frame: Frame) -> None:
-    """The sum over the pixels inside, row by row, divided by the window or by their number."""
+    """The sum over the pixels inside, one after the other and row by row, divided by the window's
+    size or by their number."""
     call, ir, g = frame.call, frame.ir, Window.of(frame.call)
     whole = call.attributes["count_include_pad"]
 

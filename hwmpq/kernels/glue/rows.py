@@ -1,4 +1,13 @@
-"""Operators over rows that lie contiguously: softmax and layer_norm."""
+"""Operators over rows that lie contiguously: softmax and layer_norm.
+
+The order of a sum of n terms is fixed, whatever the target's registers (`added`):
+
+  p = min(16, largest power of two <= n) partial sums; sum j takes the terms j, j + p, j + 2p, ...
+  of the first n // p · p; the last r = n % p terms go to the last r partial sums, in order; then
+  halves are added, sum j + sum j + p/2, until one is left.
+
+`quantize/exact_math.py` (`summed`) does the same.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +22,13 @@ from hwmpq.kernels.ir import IR, Expr
 #: (start, lanes) -> fp32 values of a row.
 Read = Callable[[Expr, int], Expr]
 _LOWEST = -3.0e38
+#: Partial sums of a sum: a part of its definition.
+PARTIAL = 16
+
+
+def partial_sums(terms: int) -> int:
+    """How many partial sums a sum of so many terms has."""
+    return min(PARTIAL, 1 << (terms.bit_length() - 1))
 
 
 def reduced(
@@ -32,9 +48,10 @@ def reduced(
     return ir.let(vmath.total(ir, ir.load(acc, 0, width), width, join))
 
 
-def added(ir: IR, size: int, wide: int, read: Read) -> Expr:
-    """The sum of a row."""
-    return reduced(ir, size, wide, 0.0, lambda a, b: a + b, read)
+def added(ir: IR, size: int, read: Read) -> Expr:
+    """The sum of a row, in the order of this file's head. A product that `read` gives must be
+    fenced."""
+    return reduced(ir, size, PARTIAL, 0.0, lambda a, b: a + b, read)
 
 
 def _rows(frame: Frame, run: Callable[[Expr, int], None]) -> None:
@@ -65,7 +82,7 @@ def softmax(frame: Frame) -> None:
             ir.store(shares, at, value, n)
             return value
 
-        whole = added(ir, size, wide, share)
+        whole = added(ir, size, share)
         factor = ir.let(ir.const(1.0, "float32") / whole)
         for at, n, _ in spans(ir, size, wide):
             frame.put(first + at, ir.load(shares, at, n) * ir.broadcast(factor, n), n)
@@ -74,27 +91,27 @@ def softmax(frame: Frame) -> None:
 
 
 def layer_norm(frame: Frame) -> None:
-    """(x − mean) / sqrt(variance + eps) · weight + bias; the variance in a pass of its own."""
+    """(x − mean) · (1 / sqrt(variance + eps)) · weight + bias; the variance in its own pass."""
     ir, wide, eps = frame.ir, frame.wide, frame.call.attributes["eps"]
 
     def run(first: Expr, size: int) -> None:
         count = ir.const(float(size), "float32")
-        mean = ir.let(added(ir, size, wide, lambda at, n: frame.value(0, first + at, n)) / count)
+        mean = ir.let(added(ir, size, lambda at, n: frame.value(0, first + at, n)) / count)
 
         def distance(at: Expr, n: int) -> Expr:
             return frame.value(0, first + at, n) - ir.broadcast(mean, n)
 
         def squared(at: Expr, n: int) -> Expr:
             d = ir.let(distance(at, n))
-            return d * d
+            return ir.fence(d * d, n)
 
-        variance = added(ir, size, wide, squared) / count
+        variance = added(ir, size, squared) / count
         root = ir.call("tirx.sqrt", "float32", variance + ir.const(eps, "float32"))
         factor = ir.let(ir.const(1.0, "float32") / root)
         for at, n, _ in spans(ir, size, wide):
             weight, bias = (ir.load(frame.params[role], at, n) for role in ("weight", "bias"))
             normal = distance(at, n) * ir.broadcast(factor, n)
-            frame.put(first + at, normal * weight + bias, n)
+            frame.put(first + at, ir.fence(normal * weight, n) + bias, n)
 
     _rows(frame, run)
 
