@@ -93,8 +93,8 @@ def answer(acc: Array, e: Epilogue, residual: Array | None, terms: int, magnitud
     residual: codes or values. terms: products in one sum; magnitude: Σ|x·w| of a float
     accumulator. The epilogue is monotone in the accumulator, so the error of a sum,
     terms · 2^-24 · Σ|x·w| at most (Higham, Accuracy and Stability, section 4.2), and the few
-    roundings of a contracted epilogue are put there and carried through it. An integer
-    accumulator has one right result, unless an fp32 value has a residual added.
+    roundings behind it are put there and carried through it. An integer accumulator has one right
+    result.
     """
     slack = _slack(acc, e, residual, terms, magnitude)
     sums = acc if e.integer else acc.astype(np.float32)
@@ -113,10 +113,10 @@ def held(encoding: str, values: Array) -> Array:
 
 def _slack(acc: Array, e: Epilogue, residual: Array | None, terms: int, magnitude: Array) -> Array:
     """Error of the sum and of the epilogue, in units of the accumulator."""
-    if e.integer and (e.to_code or residual is None):
+    if e.integer:
         return np.zeros(acc.shape)
     factor = e.multiplier.astype(np.float64)
-    offset = np.abs(e.bias) if e.integer else np.abs(e.bias) / factor
+    offset = np.abs(e.bias) / factor
     added = np.zeros(())
     if residual is not None:
         r = residual.astype(np.float64)
@@ -125,6 +125,5 @@ def _slack(acc: Array, e: Epilogue, residual: Array | None, terms: int, magnitud
         added = np.abs(r) / factor
     # A code is rint(y / s): the rounding of y · (1/s) counts as one of y.
     assert e.scalars[INV_OUT] > 0
-    sums = 0.0 if e.integer else terms * _EPS * magnitude
-    slack: Array = sums + 8 * _EPS * (np.abs(acc) + offset + added)
+    slack: Array = terms * _EPS * magnitude + 8 * _EPS * (np.abs(acc) + offset + added)
     return slack

@@ -24,7 +24,8 @@ from hwmpq.types import Network, digest
 METHODS = ("auto",)
 _PLANNED = ("hawq", "lcpaq", "clado", "fliqs", "fliqs-nas")
 #: Calibration images set aside to judge candidates by; no choice of scale or sensitivity sees them.
-HOLDOUT = 512
+#: Fewer for large inputs (from 64 pixels on), where each costs a hundred times the time.
+HOLDOUT, HOLDOUT_LARGE = 512, 256
 
 
 class Progress(Protocol):
@@ -221,7 +222,8 @@ def divide(source: DataSet, test: DataSet | None, o: Options) -> Images:
         raise InputError(f"images in {source.name}", len(source), "2 or more")
     order = np.random.default_rng(o.seed).permutation(len(source))
     calib = source.subset(np.sort(order[:count]), f"{source.name} [{count} for calibration]")
-    held = np.sort(order[count : count + HOLDOUT])
+    limit = HOLDOUT_LARGE if source.shape[-1] >= 64 else HOLDOUT
+    held = np.sort(order[count : count + limit])
     holdout = source.subset(held, f"{source.name} [{len(held)} held out]")
     if o.eval is not None and o.eval < len(test):
         pick = np.sort(np.random.default_rng(o.seed).permutation(len(test))[: o.eval])
