@@ -236,6 +236,7 @@ TWICE = {
 }  # fmt: skip
 PADS = {"pads": [[0, 0], [0, 3], [1, 2], [2, 1]], "value": 0.0}
 
+
 def image(channels: int, height: int = 5, width: int = 7) -> tuple[int, ...]:
     return (1, channels, height, width)
 

@@ -41,9 +41,11 @@ WEIGHTS = {
     "squeezenet1_1": "squeezenet1_1.safetensors",
     "vit_tiny": "deit_tiny.safetensors",
 }
-#: The drift that is let pass at the outputs, as a share of the largest one: rounding of codes turns
-#: a last bit into a step, and twelve blocks of attention make more of it.
-DRIFT = {"vit_tiny": 0.35}
+#: Models that are also built in mixed formats: one of a family.
+MIXED = ("digits_cnn", "resnet20_cifar", "resnet18", "mobilenet_v2_tf", "squeezenet1_1", "vit_tiny")
+#: The drift that is let pass at the outputs behind float layers, as a share of the largest one:
+#: rounding of codes turns a last bit into a step, and twelve blocks of attention make more of it.
+DRIFT = {"vit_tiny": 0.2}
 ULP = {"fp32": 2.0**-18, "bf16": 2.0**-7, "fp16": 2.0**-10}
 
 
@@ -183,6 +185,7 @@ def test_with_integer_layers_every_bit_is_the_simulators(case: Case) -> None:
                 assert torch.equal(mine, tensors[name]), name
 
 
+@pytest.mark.parametrize("case", MIXED, indirect=True)
 def test_each_layer_of_a_mixed_network(case: Case, request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.params["case"]
     built, simulator = built_for(case, case.mixed(len(name)))
@@ -191,7 +194,6 @@ def test_each_layer_of_a_mixed_network(case: Case, request: pytest.FixtureReques
         with torch.inference_mode():
             want = simulator(x)[0].numpy()
             compare(simulator, found, x)
-        print("DRIFT", name, np.abs(found.output - want).max() / np.abs(want).max(), found.output.argmax() == want.argmax())
         assert np.abs(found.output - want).max() <= DRIFT.get(name, 0.05) * np.abs(want).max()
         if case.trained and name != "vit_tiny":
             assert found.output.argmax() == want.argmax()

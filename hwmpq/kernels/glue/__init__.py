@@ -1,7 +1,7 @@
 """Kernels of the glue operators: one PrimFunc per (operator, attrs, tensors in memory).
 
-What they compute is `quantize/glue.py`, bit for bit where the result is an integer that is made
-from codes. Each file of the folder holds a group of operators and lists them in `EMITTERS`.
+What they compute is `quantize/glue.py` on codes and `quantize/exact_math.py` on values, bit for
+bit. Each file of the folder holds a group of operators and lists them in `EMITTERS`.
 """
 
 from __future__ import annotations
