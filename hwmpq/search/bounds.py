@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -39,7 +40,7 @@ class Reduced:
 
 
 @dataclass(frozen=True, eq=False)
-class _Forest:
+class Forest:
     """levels: per depth ≥ 1 (child [n], parent [n], edge [n], turned [n]); turned: child first."""
 
     roots: IndexArray
@@ -57,18 +58,21 @@ class _Relaxed:
     through_edge: FloatArray
 
 
-def reduce(problem: Problem, decisions: Decisions, deadline: float) -> Reduced:
+def reduce(
+    problem: Problem, decisions: Decisions, deadline: float, near: Sequence[IndexArray] = ()
+) -> Reduced:
     """Bound the objective, find a good choice, and close every cell that cannot be better.
 
-    deadline: time.perf_counter() seconds; work stops there with what is known.
+    near: choices [D] that may lie near a good one. deadline: time.perf_counter() seconds; work
+    stops there with what is known.
     """
-    forest = _forest(decisions)
+    forest = forest_of(decisions)
     for name, budget in problem.budgets.items():
-        found = _relax(decisions, forest, {name: 1.0})
-        edge = limit(budget) + MARGIN * (abs(budget) + _size(decisions, found.index, {name: 1.0}))
+        found = relax(decisions, forest, {name: 1.0})
+        edge = limit(budget) + MARGIN * (abs(budget) + size(decisions, found.index, {name: 1.0}))
         if not found.value <= edge:
             return Reduced(decisions, None, math.inf, infeasible=True)
-        decisions = _close(decisions, found, edge)
+        decisions = close(decisions, found, edge)
 
     duals: dict[str, float] = dict.fromkeys(problem.budgets, 0.0)
     starts: list[IndexArray] = []
@@ -78,15 +82,15 @@ def reduce(problem: Problem, decisions: Decisions, deadline: float) -> Reduced:
                 duals[name], tried = _multiplier(problem, decisions, forest, duals, name)
                 starts = [*tried, *starts][:4]
     weights = _weights(problem, duals)
-    found = _relax(decisions, forest, weights)
+    found = relax(decisions, forest, weights)
     shift = sum(duals[name] * limit(budget) for name, budget in problem.budgets.items())
     if not math.isfinite(found.value):
         return Reduced(decisions, None, math.inf, infeasible=True)
-    slop = MARGIN * (abs(shift) + _size(decisions, found.index, weights))
+    slop = MARGIN * (abs(shift) + size(decisions, found.index, weights))
     bound = found.value - shift - 1e-5 * slop
     best: IndexArray | None = None
     value = math.inf
-    for start in (found.index, *starts):
+    for start in (found.index, *near, *starts):
         mended = repair(problem, decisions, start)
         if mended is not None:
             mended = improve(problem, decisions, mended)
@@ -96,7 +100,7 @@ def reduce(problem: Problem, decisions: Decisions, deadline: float) -> Reduced:
         if time.perf_counter() > deadline:
             break
     if best is not None:
-        decisions = _close(decisions, found, value + shift + slop)
+        decisions = close(decisions, found, value + shift + slop)
     return Reduced(decisions, best, bound)
 
 
@@ -107,7 +111,7 @@ def _weights(problem: Problem, duals: dict[str, float]) -> dict[str, float]:
 
 
 def _multiplier(
-    problem: Problem, decisions: Decisions, forest: _Forest, duals: dict[str, float], name: str
+    problem: Problem, decisions: Decisions, forest: Forest, duals: dict[str, float], name: str
 ) -> tuple[float, list[IndexArray]]:
     """The best multiplier of budget `name`, the others held, and the two choices that meet there.
 
@@ -122,8 +126,8 @@ def _multiplier(
         parts = {n: _sum(decisions, forest, index, n) for n in decisions.tables}
         return sum(base[n] * parts[n] for n in base), parts[name] - budget
 
-    over = _relax(decisions, forest, base).index
-    (cost_over, excess), under = line(over), _relax(decisions, forest, {name: 1.0}).index
+    over = relax(decisions, forest, base).index
+    (cost_over, excess), under = line(over), relax(decisions, forest, {name: 1.0}).index
     cost_under, spare = line(under)
     if excess <= 0 or spare > 0 or excess == spare:
         return 0.0, [over]
@@ -131,7 +135,7 @@ def _multiplier(
     for _ in range(40):
         step = max(0.0, (cost_under - cost_over) / (excess - spare))
         crossing = cost_over + step * excess
-        found = _relax(decisions, forest, {**base, name: base.get(name, 0.0) + step})
+        found = relax(decisions, forest, {**base, name: base.get(name, 0.0) + step})
         cost, rest = line(found.index)
         if cost + step * rest >= crossing - 1e-12 * (abs(crossing) + abs(step * budget)):
             break
@@ -142,7 +146,7 @@ def _multiplier(
     return step, [under, over]
 
 
-def _size(decisions: Decisions, index: IndexArray, weights: dict[str, float]) -> float:
+def size(decisions: Decisions, index: IndexArray, weights: dict[str, float]) -> float:
     """The size of the numbers that a bound sums up: what its rounding error is relative to."""
     total = 0.0
     for name, weight in weights.items():
@@ -154,7 +158,7 @@ def _size(decisions: Decisions, index: IndexArray, weights: dict[str, float]) ->
     return total
 
 
-def _close(decisions: Decisions, found: _Relaxed, value: float) -> Decisions:
+def close(decisions: Decisions, found: _Relaxed, value: float) -> Decisions:
     """Forbid all cells and pairs through which every choice costs more than `value`."""
     legal = decisions.legal & (found.through <= value)
     allowed = decisions.allowed & (found.through_edge <= value)
@@ -163,7 +167,7 @@ def _close(decisions: Decisions, found: _Relaxed, value: float) -> Decisions:
     return replace(decisions, legal=legal, allowed=allowed)
 
 
-def _forest(decisions: Decisions) -> _Forest:
+def forest_of(decisions: Decisions) -> Forest:
     """A spanning forest that prefers edges of wide cost range, by depth."""
     from scipy.sparse import coo_array, csr_array
     from scipy.sparse.csgraph import (
@@ -199,10 +203,10 @@ def _forest(decisions: Decisions) -> _Forest:
         used.update(edge.tolist())
         levels.append((child, parent, edge, turned))
     others = np.array([e for e in range(len(first)) if e not in used], np.intp)
-    return _Forest(roots, tuple(levels), others)
+    return Forest(roots, tuple(levels), others)
 
 
-def _sum(decisions: Decisions, forest: _Forest, index: IndexArray, name: str) -> float:
+def _sum(decisions: Decisions, forest: Forest, index: IndexArray, name: str) -> float:
     """A quantity of a choice [D] as the relaxed problem counts it."""
     total = float(decisions.tables[name][np.arange(len(index)), index].sum())
     total += decisions.constant[name]
@@ -218,7 +222,7 @@ def _costs(decisions: Decisions, weight: float) -> FloatArray:
     return np.where(decisions.allowed, weight * decisions.edge_latency_s, np.inf)
 
 
-def _relax(decisions: Decisions, forest: _Forest, weights: dict[str, float]) -> _Relaxed:
+def relax(decisions: Decisions, forest: Forest, weights: dict[str, float]) -> _Relaxed:
     """Minimise the weighted sum of the quantities over the forest: one sweep up, one down."""
     local = np.where(decisions.legal, 0.0, np.inf)
     for name, weight in weights.items():

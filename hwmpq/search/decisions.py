@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,18 @@ class Decisions:
     def expand(self, index: IndexArray) -> IndexArray:
         """Format numbers per decision [..., D] -> per layer [..., L]."""
         return index[..., self.of_layer]
+
+    def gather(self, index: IndexArray) -> IndexArray:
+        """Format numbers per layer [L] -> per decision [D]: of its last layer."""
+        found = np.zeros(len(self.legal), np.intp)
+        found[self.of_layer] = index
+        return found
+
+    def restricted(self, legal: BoolArray) -> Decisions:
+        """The same with fewer legal cells [D, F]."""
+        first, second = self.ends.T
+        allowed = self.allowed & legal[first][:, :, None] & legal[second][:, None, :]
+        return replace(self, legal=legal, allowed=allowed)
 
 
 def merge(problem: Problem) -> Decisions:

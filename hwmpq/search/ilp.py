@@ -31,11 +31,13 @@ COST = 1e5
 CUTS = 25
 
 
-def solve(problem: Problem, time_limit_s: float, seed: int) -> Solution:
+def solve(
+    problem: Problem, time_limit_s: float, seed: int, near: IndexArray | None = None
+) -> Solution:
     """Least Σ of `problem.minimize` within the budgets, proven; `pair_loss` is not looked at.
 
-    Status feasible: with gap, the time was up. Raises InputError when the minimised table is
-    absent.
+    near: a choice [L] to start from, the answer of a similar problem. Status feasible: with gap,
+    the time was up. Raises InputError when the minimised table is absent.
     """
     start = time.perf_counter()
     if table(problem, problem.minimize) is None:
@@ -46,7 +48,8 @@ def solve(problem: Problem, time_limit_s: float, seed: int) -> Solution:
     decisions = merge(problem)
     if not decisions.legal.any(1).all():
         return Solution("infeasible", {}, seconds=time.perf_counter() - start)
-    reduced = reduce(problem, decisions, deadline)
+    starts = [] if near is None else [decisions.gather(near)]
+    reduced = reduce(problem, decisions, deadline, starts)
     index, bound, proven = reduced.incumbent, reduced.bound, reduced.infeasible
     if not proven and not _closed(problem, reduced):
         index, bound, proven = _branch(problem, reduced, deadline, seed)
@@ -86,7 +89,7 @@ def _branch(
     problem: Problem, reduced: Reduced, deadline: float, seed: int
 ) -> tuple[IndexArray | None, float, bool]:
     """Branch and bound on what is left: (best choice [D], bound, proven?)."""
-    program = _Program(problem, reduced.decisions)
+    program = Program(problem, reduced.decisions)
     best, bound = reduced.incumbent, reduced.bound
     value = math.inf
     if best is not None:
@@ -114,7 +117,7 @@ def _branch(
     return best, bound, False
 
 
-class _Program:
+class Program:
     """The MathOpt model of one problem."""
 
     def __init__(self, problem: Problem, decisions: Decisions):
@@ -133,18 +136,28 @@ class _Program:
             self._join(e, p, c, decisions)
         self.limits: list[Any] = []
         for name, budget in problem.budgets.items():
-            terms, offset, rounding = self._terms(decisions, name)
-            # the slack is the unit: HiGHS's absolute tolerance becomes relative to it
-            slop = rounding + ROUNDING * abs(budget)
-            room = max(0.0, budget - offset)
-            unit = max(room, slop)
-            if unit > 0:
-                row = mathopt.fast_sum(variable * (cost / unit) for variable, cost in terms)
-                limit = (room + slop) / unit
-                self.limits.append(self.model.add_linear_constraint(row <= limit))
+            self._limit(decisions, name, budget)
         terms, self.offset, _ = self._terms(decisions, problem.minimize)
         self.unit = max((cost for _, cost in terms), default=1.0) / COST
         self.model.minimize(mathopt.fast_sum(v * (cost / self.unit) for v, cost in terms))
+
+    def also(self, decisions: Decisions, latency_s: float) -> None:
+        """Hold a latency budget under the tables and transitions of one more device."""
+        self.y = {}
+        for e, (p, c) in enumerate(decisions.ends.tolist()):
+            self._join(e, p, c, decisions)
+        self._limit(decisions, "latency_s", latency_s)
+
+    def _limit(self, decisions: Decisions, name: str, budget: float) -> None:
+        terms, offset, rounding = self._terms(decisions, name)
+        # the slack is the unit: HiGHS's absolute tolerance becomes relative to it
+        slop = rounding + ROUNDING * abs(budget)
+        room = max(0.0, budget - offset)
+        unit = max(room, slop)
+        if unit > 0:
+            row = self.mathopt.fast_sum(variable * (cost / unit) for variable, cost in terms)
+            limit = (room + slop) / unit
+            self.limits.append(self.model.add_linear_constraint(row <= limit))
 
     def _rows(self) -> list[list[Any]]:
         rows: list[list[Any]] = [[] for _ in self.legal]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from hwmpq.search.decisions import Decisions
@@ -43,15 +45,23 @@ def feasible(problem: Problem, decisions: Decisions, index: IndexArray) -> bool:
     return bool(within(problem, evaluate(problem, decisions.expand(index))))
 
 
-def repair(problem: Problem, decisions: Decisions, index: IndexArray) -> IndexArray | None:
+def repair(
+    problem: Problem,
+    decisions: Decisions,
+    index: IndexArray,
+    prices: Callable[[IndexArray], FloatArray] | None = None,
+) -> IndexArray | None:
     """Move towards the budgets, the least extra objective per removed excess first.
 
     Excess: the sum over budgets of what is too much, in units of that quantity's whole range.
-    Returns None when no single move helps: that proves nothing.
+    prices: choice [D] -> extra objective of every move [D, F], `problem.minimize`'s if not given.
+    Returns None when no single move helps, or a transition is forbidden: that proves nothing.
     """
     index = index.copy()
     unit = {name: float(np.ptp(decisions.tables[name], axis=1).sum()) for name in problem.budgets}
     now = sums(problem, decisions, index)
+    if not np.isfinite(list(now.values())).all():
+        return None
     for _ in range(decisions.legal.size):
         if all(now[name] <= limit(budget) for name, budget in problem.budgets.items()):
             if feasible(problem, decisions, index):
@@ -66,7 +76,7 @@ def repair(problem: Problem, decisions: Decisions, index: IndexArray) -> IndexAr
         if not useful.any():
             return None
         gain = np.where(useful, gain, 1.0)
-        price = delta[problem.minimize]
+        price = delta[problem.minimize] if prices is None else prices(index)
         # a move that costs nothing: the larger gain first; else the least price per gain
         score = np.where(useful, np.where(price <= 0, -gain, price / gain), np.inf)
         spot = np.unravel_index(int(score.argmin()), score.shape)

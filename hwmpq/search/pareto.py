@@ -2,7 +2,7 @@
 
 Haimes, Lasdon and Wismer, IEEE Trans. SMC 1 (1971): minimise one quantity under an upper limit on
 the other, and lower the limit. Every point is two solves: the least objective, then the least x at
-that objective, so that no point is dominated.
+that objective, so that no point is dominated. Each solve starts at the choice of the one before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from hwmpq.errors import InputError
 from hwmpq.search.check import check
-from hwmpq.search.evaluate import evaluate, index_of
+from hwmpq.search.evaluate import IndexArray, evaluate, index_of
 from hwmpq.search.ilp import solve
 from hwmpq.types import Problem, Solution
 
@@ -44,18 +44,25 @@ def frontier(
     check(problem)
     end = time.perf_counter() + time_limit_s
 
+    found: list[Solution] = []
+
+    def near() -> IndexArray | None:
+        """The last point's choice: a start for the next solve."""
+        return index_of(problem, found[-1].choice) if found else None
+
     def best(limit: float | None) -> Solution | None:
         """The least objective with x ≤ limit, and of those the least x."""
         budgets = dict(problem.budgets)
         if limit is not None:
             budgets[x] = min(limit, budgets.get(x, limit))
         bounded = replace(problem, budgets=budgets)
-        first = solve(bounded, max(0.1, end - time.perf_counter()), seed)
+        first = solve(bounded, max(0.1, end - time.perf_counter()), seed, near())
         if first.objective is None:
             return None
         budgets[y] = min(first.objective, budgets.get(y, first.objective))
         polish = replace(problem, minimize=x, budgets=budgets)
-        second = solve(polish, max(0.1, end - time.perf_counter()), seed)
+        here = index_of(problem, first.choice)
+        second = solve(polish, max(0.1, end - time.perf_counter()), seed, here)
         if not second.choice or _value(problem, second, x) > _value(problem, first, x):
             return first
         value = _value(problem, second, y)
@@ -68,7 +75,7 @@ def frontier(
     lowest = solve(replace(problem, minimize=x), max(0.1, end - time.perf_counter()), seed)
     low = _value(problem, lowest, x) if lowest.choice else _value(problem, right, x)
     high = _value(problem, right, x)
-    found = [right]
+    found.append(right)
     if points is None:
         point: Solution | None = right
         while point is not None and time.perf_counter() < end:
