@@ -1,21 +1,17 @@
-"""store ls, export, import, prune, path: look at the measurements and move them."""
+"""store ls, path, export, import, merge, remove, prune: look at the measurements and move them."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hwmpq.cli import store_compare
 from hwmpq.cli.command import command
 from hwmpq.cli.output import VERSION, Answer
-from hwmpq.errors import InputError, StoreError
+from hwmpq.errors import InputError
 
 group = typer.Typer(
     help="Measurements and facts, kept for good: look at them, move them.", no_args_is_help=True
@@ -76,140 +72,164 @@ def ls(store: Url = None) -> Answer:
     )
 
 
-def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl")], store: Url = None
-) -> Answer:
-    """Write every row of every generation to a file, one JSON object per line.
+Rows = Annotated[Path, typer.Argument(metavar="FILE", help="NAME.jsonl, NAME.csv or NAME.parquet.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it; without this, only list.")]
+
+
+def export(file: Rows, store: Url = None) -> Answer:
+    """Write every row of every generation to a file; import gives the same rows.
+
+    The columns are the store's: samples are a JSON list of seconds per call.
 
     Example: hwmpq store export all.jsonl
     """
     from hwmpq.measure.store import Store
 
     with Store.open(store) as opened:
-        count = opened.export_jsonl(file)
+        count = opened.export_file(file)
     told = {"version": VERSION, "file": str(file), "rows": count}
     return Answer(told, f"{count} rows written to {file}")
 
 
-def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl")], store: Url = None
-) -> Answer:
+def import_(file: Rows, store: Url = None) -> Answer:
     """Add the rows of an export that are not here yet: all of them or none.
+
+    The result.json of a bundle is taken in too, under an origin of its own.
 
     Example: hwmpq store import all.jsonl
     """
+    from hwmpq.measure.bundle import is_result
     from hwmpq.measure.store import Store
 
     if not file.is_file():
         raise InputError("no such store export", file, "a file made by `hwmpq store export`")
+    if is_result(file):
+        return _import_result(file, store)
     with Store.open(store) as opened:
-        count = opened.import_jsonl(file)
+        count = opened.import_file(file)
     told = {"version": VERSION, "file": str(file), "rows": count}
     return Answer(told, f"{count} new rows from {file}")
 
 
-def prune(
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, only list.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Also cells that failed.")] = False,
+def _import_result(file: Path, store: str | None) -> Answer:
+    from hwmpq.measure.store import Store
+    from hwmpq.stages.bundle import take_in
+
+    with Store.open(store) as opened:
+        taken = take_in(opened, file)
+    told = {
+        "version": VERSION, "file": str(file), "rows": len(taken.rows), "origin": taken.origin,
+        "fingerprint": taken.fingerprint, "target": taken.target,
+    }  # fmt: skip
+    return Answer(told, f"{len(taken.rows)} cells of {taken.fingerprint} as {taken.origin}")
+
+
+def merge(
+    into: Annotated[str, typer.Argument(metavar="A", help="The store that grows: file or URL.")],
+    source: Annotated[str, typer.Argument(metavar="B", help="The store that is only read.")],
+) -> Answer:
+    """Add to store A the rows of store B that it does not have: all of them or none.
+
+    Every generation keeps its date and its samples. Merging again changes nothing.
+
+    Example: hwmpq store merge postgresql+psycopg://me@server/hwmpq board.sqlite
+    """
+    from hwmpq.measure.store import Store
+
+    _must_exist(source)
+    with Store.open(into) as a, Store.open(source) as b:
+        count = a.merge(b)
+        names = str(a.address), str(b.address)
+    told = {"version": VERSION, "store": names[0], "from": names[1], "rows": count}
+    return Answer(told, f"{count} new rows from {names[1]} in {names[0]}")
+
+
+def remove(
+    origin: Annotated[str, typer.Argument(metavar="ORIGIN", help="As `hwmpq store ls` names it.")],
+    yes: Yes = False,
     store: Url = None,
 ) -> Answer:
-    """Drop rows that a newer one has replaced. Lists them unless --yes; a backup stays.
+    """Delete what one import brought, and nothing else. Lists it unless --yes.
 
-    Only SQLite stores, and only while nothing else uses the store.
+    Example: hwmpq store remove board-7 --yes
+    """
+    from hwmpq.measure.store import Store
+
+    with Store.open(store) as opened:
+        found = opened.imported(origin)
+        if yes:
+            opened.remove_origin(origin)
+    told = {
+        "version": VERSION, "store": shown(store), "origin": origin,
+        "measurements": found.measurements, "facts": found.facts, "done": yes,
+    }  # fmt: skip
+    rows = f"{found.measurements} measurements and {found.facts} facts of {origin}"
+    return Answer(told, f"removed: {rows}" if yes else f"to remove: {rows}; --yes does it")
+
+
+def prune(
+    yes: Yes = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Also cells that failed.")] = False,
+    backup: Annotated[
+        Path | None,
+        typer.Option("--backup", metavar="FILE.jsonl", help="Where the dropped rows are kept."),
+    ] = None,
+    store: Url = None,
+) -> Answer:
+    """Drop rows that a newer one has replaced. Lists them unless --yes.
+
+    What is dropped is first written to a file that `hwmpq store import` takes back.
 
     Example: hwmpq store prune --yes
     """
     from hwmpq.measure.store import Store
 
-    place = _file_to_prune(store)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".prune.") as folder:
-        everything, rest = Path(folder) / "all.jsonl", Path(folder) / "rest.jsonl"
-        with Store.open(store) as opened:
-            total = opened.export_jsonl(everything)
-        dropped = _drop(everything, rest, failed)
+    _must_exist(store)
+    with Store.open(store) as opened:
+        found = {"replaced by a newer row": opened.replaced()}
+        if failed:
+            found["failed"] = opened.failed()
+        dropped = {reason: len(items) for reason, items in found.items() if items}
         told: dict[str, Any] = {
-            "version": VERSION, "store": str(place), "rows": total,
-            "dropped": dict(dropped), "done": False, "backup": None,
+            "version": VERSION, "store": shown(store), "dropped": dropped,
+            "done": False, "backup": None,
         }  # fmt: skip
         listed = ", ".join(f"{n} {what}" for what, n in dropped.items()) or "nothing"
         if not yes or not dropped:
             return Answer(told, f"to drop: {listed}" + ("" if yes else "; --yes does it"))
-        pruned = Path(folder) / "pruned.sqlite"
-        with Store.open(pruned) as new:
-            kept = new.import_jsonl(rest)
-        if kept != total - sum(dropped.values()):
-            raise StoreError("the pruned store is not whole", kept, next="Nothing was changed.")
-        backup = place.with_name(f"{place.name}.{time.strftime('%Y%m%d-%H%M%S')}.backup")
-        for suffix in ("-wal", "-shm"):
-            if Path(f"{place}{suffix}").exists() or Path(f"{pruned}{suffix}").exists():
-                raise StoreError("the store is in use", place, next="End the other hwmpq first.")
-        os.link(place, backup)
-        os.replace(pruned, place)
-    told |= {"done": True, "backup": str(backup)}
-    return Answer(told, f"dropped: {listed}; the whole store as it was: {backup}")
+        kept = backup or _beside(opened.address.file)
+        opened.drop([item for items in found.values() for item in items], kept)
+    told |= {"done": True, "backup": str(kept)}
+    return Answer(told, f"dropped: {listed}; they are kept in {kept}")
 
 
 def shown(store: str | None) -> str:
     """The place of the store, without a password."""
-    from hwmpq.measure.store import default_path
+    from hwmpq.measure.address import Address
 
-    where = str(store or os.environ.get("HWMPQ_STORE") or default_path())
-    if "://" in where and "@" in where:
-        scheme, _, rest = where.partition("://")
-        return f"{scheme}://***@{rest.rpartition('@')[2]}"
-    return where
+    return str(Address.of(store))
 
 
 def sqlite_file(store: str | None) -> Path | None:
     """The file of a SQLite store, which need not exist; None for another database."""
-    where = shown(store).removeprefix("sqlite:///")
-    return None if "://" in where else Path(where).expanduser().absolute()
+    from hwmpq.measure.address import Address
+
+    return Address.of(store).file
 
 
-def _file_to_prune(store: str | None) -> Path:
-    place = sqlite_file(store)
-    if place is None:
-        raise InputError("this kind of store cannot be pruned here", shown(store), "a SQLite file")
-    if not place.is_file():
-        raise InputError("no store yet", place)
-    return place
+def _must_exist(store: str | None) -> None:
+    file = sqlite_file(store)
+    if file is not None and not file.is_file():
+        raise InputError("no such store", file, "a store's file, or a URL")
 
 
-def _drop(everything: Path, rest: Path, failed: bool) -> Counter[str]:
-    """Copy the lines that stay; what was left out, by reason."""
-    newest: dict[tuple[str, ...], tuple[float, int]] = {}
-    for row in _rows(everything):
-        newest[_key(row)] = max(newest.get(_key(row), (0.0, 0)), _age(row))
-    dropped: Counter[str] = Counter()
-    with rest.open("w", encoding="utf-8") as file, everything.open(encoding="utf-8") as source:
-        file.write(next(source))
-        for line in source:
-            row = json.loads(line)
-            if _age(row) != newest[_key(row)]:
-                dropped["replaced by a newer row"] += 1
-            elif failed and row.get("error"):
-                dropped["failed"] += 1
-            else:
-                file.write(line)
-    return dropped
+def _beside(file: Path | None) -> Path:
+    """A new name: beside the store's file, or in the working folder for a server."""
+    name = f"{file.name if file else 'store'}.{time.strftime('%Y%m%d-%H%M%S')}.dropped.jsonl"
+    return (file.parent if file else Path.cwd()) / name
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as source:
-        next(source)
-        yield from map(json.loads, source)
-
-
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["table"], row.get("stage", ""), row["key"]
-
-
-def _age(row: dict[str, Any]) -> tuple[float, int]:
-    return row["created"], row["generation"]
-
-
-command(group)(path)
-command(group)(ls)
-command(group)(export)
+for _body in (path, ls, export, merge, remove, prune):
+    command(group)(_body)
 command(group, name="import")(import_)
-command(group)(prune)
+command(group)(store_compare.compare)

@@ -1,6 +1,7 @@
 """The store's tables, their version, and how an older store is brought up to it.
 
-Version 1. A key's newest row is the one with the latest (created, generation).
+A key's newest row is the one with the latest (created, generation).
+Version 1: the tables. Version 2: facts have an origin too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 import sqlalchemy as sa
 
 from hwmpq.errors import StoreError
+from hwmpq.measure.address import Address
+from hwmpq.measure.engine import DAMAGED
 
-VERSION = 1
-_BUSY_S = 30.0
+VERSION = 2
+#: `origin` of rows that were made here, not imported.
+LOCAL = "local"
 
 _metadata = sa.MetaData()
 _version = sa.Table("hwmpq_schema", _metadata, sa.Column("version", sa.Integer, nullable=False))
@@ -27,8 +31,10 @@ def _text(name: str, **options: Any) -> sa.Column[str]:
 
 
 def _history() -> tuple[sa.Column[Any], ...]:
-    """Columns of every table: generation (from 1), content (hash of the row), created (seconds)."""
+    """Columns of every table: origin (LOCAL, or what it was imported from), generation (from 1),
+    content (hash of the row), created (seconds)."""
     return (
+        _text("origin"),
         sa.Column("generation", sa.Integer, primary_key=True, autoincrement=False),
         _text("content"),
         sa.Column("created", sa.Float(53), nullable=False),
@@ -51,7 +57,6 @@ measurements = sa.Table(
     _text("target"),
     _text("fingerprint"),
     _text("toolchain"),
-    _text("origin"),
     *_history(),
 )
 #: Whatever a stage wants to find again: value (JSON) or blob.
@@ -66,38 +71,30 @@ facts = sa.Table(
 )
 TABLES = {"measurements": measurements, "facts": facts}
 
+
+def _facts_get_an_origin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql(
+        f"ALTER TABLE facts ADD COLUMN origin TEXT NOT NULL DEFAULT '{LOCAL}'"
+    )
+
+
 #: from version -> step to the next one, run inside one transaction after a verified backup
-MIGRATIONS: dict[int, Callable[[sa.Connection], None]] = {}
+MIGRATIONS: dict[int, Callable[[sa.Connection], None]] = {1: _facts_get_an_origin}
 
 
-def connect(where: str) -> sa.Engine:
-    """An engine for a file or a URL. SQLite: write-ahead log, one writer at a time, full sync."""
-    if "://" not in where:
-        path = Path(where).expanduser().absolute()
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        where = sa.URL.create("sqlite", database=str(path)).render_as_string()
-    engine = sa.create_engine(where)
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _set_up_sqlite)
-        sa.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def prepare(engine: sa.Engine) -> None:
+def prepare(engine: sa.Engine, address: Address) -> None:
     """Create the tables, or migrate, or refuse. Raises StoreError."""
-    where = engine.url.render_as_string()
-    with engine.begin() as connection:  # SQLite: the write lock keeps a second creator out
-        if engine.dialect.name == "sqlite":
+    with engine.begin() as connection:  # the write lock keeps a second creator out
+        if address.file is not None:
             found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
             if found != "ok":
-                step = "Move the file away, or restore a backup; a new store is made in its place."
-                raise StoreError(f"store {where} is damaged", found, next=step)
+                raise StoreError(f"store {address} is damaged", found, next=DAMAGED)
         names = set(sa.inspect(connection).get_table_names())
         if _version.name not in names:
             if names & set(TABLES):
                 raise StoreError(
-                    f"{where} is another program's database",
-                    next="Choose another file with --store or HWMPQ_STORE.",
+                    f"{address} is another program's database",
+                    next="Choose another store with --store or HWMPQ_STORE.",
                 )
             _metadata.create_all(connection)
             connection.execute(sa.insert(_version).values(version=VERSION))
@@ -105,33 +102,34 @@ def prepare(engine: sa.Engine) -> None:
         version = int(connection.execute(sa.select(_version.c.version)).scalar_one())
     if version > VERSION:
         raise StoreError(
-            f"store {where} was made by a newer hwmpq",
+            f"store {address} was made by a newer hwmpq",
             f"version {version}",
             f"up to version {VERSION}",
             "Upgrade hwmpq, or choose another store with --store or HWMPQ_STORE.",
         )
     if version < VERSION:
-        migrate(engine, version)
+        migrate(engine, address, version)
 
 
-def migrate(engine: sa.Engine, version: int) -> None:
+def migrate(engine: sa.Engine, address: Address, version: int) -> None:
     """Bring an older store to VERSION: first a verified backup, then all steps or none.
 
-    Raises StoreError when the backup fails, is impossible, or a step is missing.
+    Raises StoreError when the backup fails or a step is missing.
     """
-    where = engine.url.render_as_string()
-    missing = [step for step in range(version, VERSION) if step not in MIGRATIONS]
-    if missing or engine.dialect.name != "sqlite":
+    if any(step not in MIGRATIONS for step in range(version, VERSION)):
         raise StoreError(
-            f"store {where} cannot be migrated here",
-            f"version {version} in {engine.dialect.name}",
-            f"SQLite stores from version {min(MIGRATIONS, default=VERSION)} on",
+            f"store {address} cannot be migrated",
+            f"version {version}",
+            f"from version {min(MIGRATIONS)} on",
             "Export it with the hwmpq that made it and import that into a new store.",
         )
-    back_up(Path(str(engine.url.database)), version)
+    if address.file is not None:
+        back_up(address.file, version)
     with engine.begin() as connection:
         # another process may have done it between our reading and this lock
         current = int(connection.execute(sa.select(_version.c.version)).scalar_one())
+        if address.file is None and current < VERSION:
+            back_up_tables(connection, address, current)
         for step in range(current, VERSION):
             MIGRATIONS[step](connection)
         connection.execute(sa.update(_version).values(version=VERSION))
@@ -159,9 +157,34 @@ def back_up(path: Path, version: int) -> Path:
     return copy
 
 
+def back_up_tables(connection: sa.Connection, address: Address, version: int) -> str:
+    """Copy a PostgreSQL store's tables into a schema of their own and compare every row.
+
+    Part of the migration's transaction: both are there afterwards, or neither. Returns the
+    schema's name. Raises StoreError.
+    """
+    schema = f"hwmpq_v{version}_{time.strftime('%Y%m%d_%H%M%S')}_backup"
+    connection.exec_driver_sql(f'CREATE SCHEMA "{schema}"')
+    for name in (_version.name, *TABLES):
+        copy = f'"{schema}"."{name}"'
+        connection.exec_driver_sql(f'CREATE TABLE {copy} AS TABLE "{name}"')
+        both = (f"TABLE {a} EXCEPT ALL TABLE {b}" for a, b in ((copy, name), (name, copy)))
+        query = " UNION ALL ".join(f"({part})" for part in both)
+        differing = connection.exec_driver_sql(f"SELECT count(*) FROM ({query}) AS d").scalar_one()
+        if differing:
+            step = "Nothing was changed; try again."
+            raise StoreError(f"backup {schema} in {address} differs", differing, next=step)
+    return schema
+
+
 def key_columns(table: sa.Table) -> list[sa.Column[Any]]:
     """The primary key without the generation."""
     return [column for column in table.primary_key if column.name != "generation"]
+
+
+def key_of(table: sa.Table, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The row's key, without the generation."""
+    return tuple(row[column.name] for column in key_columns(table))
 
 
 def newest(
@@ -180,17 +203,28 @@ def last_generation(connection: sa.Connection, table: sa.Table, key: tuple[str, 
     return connection.execute(query).scalar() or 0
 
 
-def free_generation(
-    connection: sa.Connection, table: sa.Table, key: tuple[str, ...], values: Mapping[str, Any]
-) -> int | None:
-    """Generation for an imported row: its own if free, else the next; None if it is here."""
-    query = sa.select(table.c.generation, table.c.content, table.c.created)
-    rows = connection.execute(query.where(_has(table, key))).all()
-    if any(row.content == values["content"] and row.created == values["created"] for row in rows):
-        return None
-    taken = {row.generation for row in rows}
-    wanted = int(values["generation"])
-    return max(taken) + 1 if wanted in taken else wanted
+def in_order(table: sa.Table) -> sa.Select[Any]:
+    """All rows, oldest first."""
+    return sa.select(table).order_by(table.c.created, table.c.generation, *key_columns(table))
+
+
+#: What makes two rows under one key the same row: content, created, origin.
+Stamp = tuple[str, float, str]
+
+
+def stamp(row: Mapping[str, Any]) -> Stamp:
+    """See Stamp."""
+    return row["content"], row["created"], row["origin"]
+
+
+def stamps(connection: sa.Connection, table: sa.Table) -> dict[tuple[str, ...], dict[int, Stamp]]:
+    """Key -> generation -> stamp, of every row."""
+    columns = [*table.primary_key, table.c.content, table.c.created, table.c.origin]
+    found: dict[tuple[str, ...], dict[int, Stamp]] = {}
+    for item in connection.execute(sa.select(*columns)).mappings():
+        row = dict(item)
+        found.setdefault(key_of(table, row), {})[row["generation"]] = stamp(row)
+    return found
 
 
 def is_newest(table: sa.Table) -> sa.ColumnElement[bool]:
@@ -207,17 +241,3 @@ def is_newest(table: sa.Table) -> sa.ColumnElement[bool]:
 def _has(table: sa.Table, key: tuple[str, ...]) -> sa.ColumnElement[bool]:
     pairs = zip(key_columns(table), key, strict=True)
     return sa.and_(*(column == value for column, value in pairs))
-
-
-def _set_up_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # transactions begin where _begin_sqlite says, nowhere else
-    connection.execute(f"PRAGMA busy_timeout = {int(_BUSY_S * 1000)}")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _begin_sqlite(connection: sa.Connection) -> None:
-    """Writers take the lock at once, so that reading first cannot make them fail later."""
-    reading = connection.get_execution_options().get("reading")
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")

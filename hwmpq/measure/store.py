@@ -1,31 +1,31 @@
 """The store: every measurement and every costly fact, kept for good, each committed at once.
 
-Rows are never changed or deleted. A second, different value under a key becomes a new generation;
-reading gives the newest. So a crash at any point loses at most the row that was being written, and
-`fresh` can ignore what is there without losing it. SQLite by default, PostgreSQL by URL.
+Rows are never changed. A second, different value under a key becomes a new generation; reading
+gives the newest. So a crash at any point loses at most the row that was being written, and `fresh`
+can ignore what is there without losing it. Only `drop`, when the user asks, deletes rows, and what
+it deletes is in a file by then. SQLite by default, PostgreSQL by URL.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
-import os
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import sqlalchemy as sa
 
-from hwmpq.errors import InputError, StoreError
-from hwmpq.measure import schema
-from hwmpq.types import Measurement, Source, Workload, digest
+from hwmpq.errors import StoreError, UnknownName
+from hwmpq.measure import exchange, schema
+from hwmpq.measure.address import Address
+from hwmpq.measure.engine import connect, reported
+from hwmpq.measure.exchange import Item
+from hwmpq.types import Measurement, Source, Workload
 
-_RETRIES = 5
+_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,26 @@ class Row:
     target: str = ""
     fingerprint: str = ""
     toolchain: Mapping[str, Any] = field(default_factory=dict)
-    origin: str = "local"
+    origin: str = schema.LOCAL
     generation: int = 1
     created: float = 0.0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What came from one place, all generations. newest: seconds since 1970."""
+
+    name: str
+    measurements: int
+    facts: int
+    newest: float
 
 
 class Store:
     """An open store. fresh: what others wrote, or wrote before, is not read."""
 
-    def __init__(self, engine: sa.Engine, fresh: bool = False):
+    def __init__(self, engine: sa.Engine, address: Address, fresh: bool = False):
+        self.address = address
         self._engine = engine
         self._fresh = fresh
         self._mine: set[tuple[str, ...]] = set()
@@ -55,17 +66,18 @@ class Store:
         """Open or create. where: a file, a database URL, or None: $HWMPQ_STORE, else the user's
         data folder.
 
-        Raises StoreError when it cannot be read, is no store, or is of a newer version.
+        Raises InputError for a wrong address; StoreError when it cannot be read, is no store, is
+        of a newer version, or lies on a network file system.
         """
-        where = where or os.environ.get("HWMPQ_STORE") or default_path()
-        with _reported(_shown(str(where))):
-            engine = schema.connect(str(where))
+        address = Address.of(where)
+        with reported(address):
+            engine = connect(address)
             try:
-                schema.prepare(engine)
+                schema.prepare(engine, address)
             except BaseException:
                 engine.dispose()
                 raise
-        return Store(engine, fresh)
+        return Store(engine, address, fresh)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -76,6 +88,9 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.address)!r})"
+
     # measurements
 
     def put(
@@ -84,7 +99,7 @@ class Store:
         target: str = "",
         fingerprint: str = "",
         toolchain: Mapping[str, Any] | None = None,
-        origin: str = "local",
+        origin: str = schema.LOCAL,
     ) -> None:
         """Save a measurement; on return it is committed. The same again changes nothing.
 
@@ -97,7 +112,7 @@ class Store:
             "kernel": measurement.kernel,
             "threads": measurement.threads,
             "samples": _dump(list(measurement.samples_s)),
-            "error": measurement.error,
+            "error": _storable(measurement.error),
             "source": measurement.source,
             "quality": _dump(dict(measurement.quality)),
             "target": target,
@@ -129,19 +144,19 @@ class Store:
             for row in found
             if (target is None or row.target == target)
             and (source is None or row.measurement.source == source)
-            and self._visible((row.measurement.key,))
+            and self._sees(table, (row.measurement.key,))
         ]
 
     # facts
 
-    def put_fact(self, stage: str, key: str, value: Any) -> None:
+    def put_fact(self, stage: str, key: str, value: Any, origin: str = schema.LOCAL) -> None:
         """Save a JSON value (nan allowed) or bytes under the stage and the key. Raises as `put`."""
         values: dict[str, Any] = {"stage": stage, "key": key, "value": None, "blob": None}
         if isinstance(value, bytes):
             values["blob"] = value
         else:
             values["value"] = _dump(value)
-        self._append(schema.facts, values)
+        self._append(schema.facts, {**values, "origin": origin})
 
     def fact(self, stage: str, key: str) -> Any:
         """The newest value put under the stage and the key, or None."""
@@ -152,71 +167,132 @@ class Store:
 
     # moving
 
-    def export_jsonl(self, path: str | Path) -> int:
-        """Write all rows of all generations, one JSON object per line; returns their number."""
-        count = 0
-        with _reported(str(path)), self._reading() as connection:
-            part = Path(f"{path}.part")
-            with part.open("w", encoding="utf-8") as file:
-                file.write(json.dumps({"hwmpq_store": schema.VERSION}) + "\n")
-                for name, table in schema.TABLES.items():
-                    order = (table.c.created, table.c.generation)
-                    for row in connection.execute(sa.select(table).order_by(*order)).mappings():
-                        values = {"table": name, **row}
-                        if isinstance(values.get("blob"), bytes):
-                            values["blob"] = base64.b64encode(values["blob"]).decode()
-                        file.write(json.dumps(values) + "\n")
-                        count += 1
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        return count
+    def export_file(self, path: str | Path) -> int:
+        """Write all rows of all generations to a .jsonl, .csv or .parquet; returns their number."""
+        with reported(self.address):
+            return exchange.write(Path(path), self._select(lambda _: sa.true()))
 
-    def import_jsonl(self, path: str | Path) -> int:
+    def import_file(self, path: str | Path) -> int:
         """Add the rows of an export that are not here yet, all or none; returns their number.
 
         Into an empty store: identical rows. Raises InputError for a file of another kind.
         """
-        with _reported(str(path)), open(path, encoding="utf-8") as file:
-            lines = [_parse(line, path) for line in file if line.strip()]
-            if not lines or lines[0].get("hwmpq_store") != schema.VERSION:
-                head = lines[0] if lines else "an empty file"
-                raise InputError(f"store export {path}", head, f"version {schema.VERSION}")
+        with reported(self.address):
+            return self._add(exchange.read(Path(path)))
+
+    def merge(self, other: Store) -> int:
+        """Add the rows of another store that are not here yet, all or none; returns their number.
+
+        All generations, with their dates and origins. Once more changes nothing.
+        """
+        return self._add(other._select(lambda _: sa.true()))
+
+    # leaving
+
+    def origins(self) -> list[Origin]:
+        """Where the rows come from: 'local' and every import, by name."""
+        found: dict[str, dict[str, Any]] = {}
+        with self._reading() as connection:
+            for name, table in schema.TABLES.items():
+                query = sa.select(table.c.origin, sa.func.count(), sa.func.max(table.c.created))
+                for origin, count, newest in connection.execute(query.group_by(table.c.origin)):
+                    entry = found.setdefault(origin, {"newest": 0.0})
+                    entry[name], entry["newest"] = count, max(entry["newest"], newest)
+        return [
+            Origin(name, entry.get("measurements", 0), entry.get("facts", 0), entry["newest"])
+            for name, entry in sorted(found.items())
+        ]
+
+    def imported(self, name: str) -> Origin:
+        """The origin of this name. Raises UnknownName for 'local' and for one that is not here."""
+        known = {item.name: item for item in self.origins() if item.name != schema.LOCAL}
+        if name not in known:
+            raise UnknownName("import", name, known, "Only what was imported goes as one.")
+        return known[name]
+
+    def remove_origin(self, name: str) -> int:
+        """Delete what was imported under the name; returns the number of rows.
+
+        What these rows had replaced is the newest again; nothing else changes. Raises as
+        `imported`.
+        """
+        self.imported(name)
+        with reported(self.address), self._engine.begin() as connection:
+            return sum(
+                connection.execute(sa.delete(table).where(table.c.origin == name)).rowcount
+                for table in schema.TABLES.values()
+            )
+
+    def replaced(self) -> list[Item]:
+        """Rows that a newer one under their key has replaced."""
+        return self._select(lambda table: ~schema.is_newest(table))
+
+    def failed(self) -> list[Item]:
+        """The newest rows of cells that failed."""
+        error = schema.measurements.c.error
+        return self._select(
+            lambda t: sa.and_(schema.is_newest(t), error != ""), [schema.measurements.name]
+        )
+
+    def drop(self, items: Sequence[Item], backup: str | Path) -> None:
+        """Delete the rows, all or none, when a file that `import_file` takes back holds them.
+
+        Raises StoreError, also where the file does not read back as the rows.
+        """
+        path = Path(backup)
+        with reported(self.address):
+            exchange.write(path, items)
+            if exchange.read(path) != list(items):
+                raise StoreError(f"backup {path} differs", next="Nothing was deleted.")
             with self._engine.begin() as connection:
-                return sum(_merge(connection, values, path) for values in lines[1:])
+                for name, row in items:
+                    table = schema.TABLES[name]
+                    same = [
+                        table.c[column.name] == row[column.name] for column in table.primary_key
+                    ]
+                    connection.execute(sa.delete(table).where(*same))
 
     # inside
 
     def _append(self, table: sa.Table, values: dict[str, Any]) -> None:
         """Add a generation unless the newest one that may be read has this very content."""
-        key = tuple(values[column.name] for column in schema.key_columns(table))
-        with _reported(str(self._engine.url)):
-            for attempt in range(_RETRIES):
-                try:
-                    with self._engine.begin() as connection:
-                        self._append_once(connection, table, key, values)
-                    break
-                except sa.exc.IntegrityError:  # PostgreSQL: another writer took the generation
-                    if attempt == _RETRIES - 1:
-                        raise
+        key = schema.key_of(table, values)
+        with reported(self.address), self._engine.begin() as connection:
+            newest = schema.newest(connection, table, key)
+            content = exchange.content(values)
+            same = newest is not None and (newest["content"], newest["origin"]) == (
+                content, values["origin"],
+            )  # fmt: skip
+            if not (same and self._sees(table, key)):
+                # a clock that was set back must not hide the newer row
+                created = max(time.time(), newest["created"] + 1e-3 if newest else 0.0)
+                generation = 1 + schema.last_generation(connection, table, key)
+                row = {"content": content, "generation": generation, "created": created}
+                connection.execute(sa.insert(table).values({**values, **row}))
         self._mine.add((table.name, *key))
 
-    def _append_once(
-        self,
-        connection: sa.Connection,
-        table: sa.Table,
-        key: tuple[str, ...],
-        values: dict[str, Any],
-    ) -> None:
-        content = _content(values)
-        newest = schema.newest(connection, table, key)
-        if newest is not None and newest["content"] == content and self._sees(table, key):
-            return
-        generation = 1 + schema.last_generation(connection, table, key)
-        # a clock that was set back must not hide the newer row
-        created = max(time.time(), newest["created"] + 1e-3 if newest else 0.0)
-        row = {**values, "content": content, "generation": generation, "created": created}
-        connection.execute(sa.insert(table).values(row))
+    def _add(self, items: Iterable[Item]) -> int:
+        """Insert the rows but those of whose key some generation has their content, date, origin.
+
+        A generation that is taken by another row: the next free one.
+        """
+        with reported(self.address), self._engine.begin() as connection:
+            known = {name: schema.stamps(connection, t) for name, t in schema.TABLES.items()}
+            new: dict[str, list[dict[str, Any]]] = {name: [] for name in schema.TABLES}
+            for name, row in items:
+                table = schema.TABLES[name]
+                here = known[name].setdefault(schema.key_of(table, row), {})
+                stamp = schema.stamp(row)
+                if stamp in here.values():
+                    continue
+                wanted = row["generation"]
+                generation = max(here) + 1 if wanted in here else wanted
+                here[generation] = stamp
+                new[name].append({**row, "generation": generation})
+            for name, rows in new.items():
+                for start in range(0, len(rows), _BATCH):
+                    connection.execute(sa.insert(schema.TABLES[name]), rows[start : start + _BATCH])
+        return sum(map(len, new.values()))
 
     def _newest(self, table: sa.Table, key: tuple[str, ...]) -> Mapping[str, Any] | None:
         if not self._sees(table, key):
@@ -227,61 +303,34 @@ class Store:
     def _sees(self, table: sa.Table, key: tuple[str, ...]) -> bool:
         return not self._fresh or (table.name, *key) in self._mine
 
-    def _visible(self, key: tuple[str, ...]) -> bool:
-        return self._sees(schema.measurements, key)
+    def _select(
+        self,
+        condition: Callable[[sa.Table], sa.ColumnElement[bool]],
+        names: Iterable[str] = tuple(schema.TABLES),
+    ) -> list[Item]:
+        with self._reading() as connection:
+            return [
+                (name, dict(row))
+                for name in names
+                for row in connection.execute(
+                    schema.in_order(schema.TABLES[name]).where(condition(schema.TABLES[name]))
+                ).mappings()
+            ]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
-        with _reported(str(self._engine.url)):
+        with reported(self.address):
             with self._engine.connect().execution_options(reading=True) as connection:
                 yield connection
-
-
-def default_path() -> Path:
-    """The store in the user's data folder."""
-    return Path(platformdirs.user_data_dir("hwmpq")) / "store.sqlite"
-
-
-def _shown(where: str) -> str:
-    """The place without a password."""
-    if "://" not in where:
-        return where
-    try:
-        return str(sa.make_url(where))
-    except sa.exc.ArgumentError:
-        return where.partition("://")[0] + "://..."
-
-
-@contextlib.contextmanager
-def _reported(where: str) -> Iterator[None]:
-    """Turn the database's and the system's errors into StoreError with a next step."""
-    try:
-        yield
-    except (sa.exc.SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
-        cause = getattr(error, "orig", None) or error
-        text = str(cause)
-        step = "Check that the file or the server can be reached and written."
-        if "full" in text or "No space" in text:
-            step = "Make room on the disk and start again: what was saved is kept."
-        elif "locked" in text:
-            step = "Another process holds the store: try again when it has finished."
-        elif "malformed" in text or "not a database" in text:
-            step = "Move the file away, or restore a backup; a new store is made in its place."
-        raise StoreError(f"store {where}", text, next=step) from error
 
 
 def _dump(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _content(values: Mapping[str, Any]) -> str:
-    """Hash of all that is in a row but its generation, date and origin."""
-    plain = {
-        name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
-        for name, value in values.items()
-        if name not in ("content", "generation", "created", "origin")
-    }
-    return digest(plain)
+def _storable(text: str) -> str:
+    """What a crashed program said, as every database takes it: no NUL, no lone surrogate."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
 
 
 def _row(row: Mapping[Any, Any]) -> Row:
@@ -299,30 +348,3 @@ def _row(row: Mapping[Any, Any]) -> Row:
     toolchain = json.loads(row["toolchain"])
     names = ("target", "fingerprint", "origin", "generation", "created")
     return Row(measurement, toolchain=toolchain, **{name: row[name] for name in names})
-
-
-def _parse(line: str, path: str | Path) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"store export {path}", str(error), "one JSON object per line") from None
-    if not isinstance(value, dict):
-        raise InputError(f"store export {path}", line[:40], "one JSON object per line")
-    return value
-
-
-def _merge(connection: sa.Connection, values: dict[str, Any], path: str | Path) -> bool:
-    """Insert an exported row unless some generation of its key has its content and date."""
-    table = schema.TABLES.get(values.pop("table", ""))
-    if table is None or set(values) != set(table.c.keys()):
-        raise InputError(f"row in store export {path}", sorted(values), "the columns of a table")
-    if isinstance(values.get("blob"), str):
-        values["blob"] = base64.b64decode(values["blob"])
-    if _content(values) != values["content"]:
-        raise InputError(f"damaged row in store export {path}", values["key"])
-    key = tuple(values[column.name] for column in schema.key_columns(table))
-    generation = schema.free_generation(connection, table, key, values)
-    if generation is None:
-        return False
-    connection.execute(sa.insert(table).values({**values, "generation": generation}))
-    return True
