@@ -7,7 +7,7 @@ tvm is imported only when something is emitted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,24 +16,26 @@ from numpy.typing import NDArray
 from hwmpq.errors import InputError
 from hwmpq.formats import Format
 from hwmpq.kernels.decode import Decoder, decoder
-from hwmpq.kernels.micro import Micro, micros
+from hwmpq.kernels.micro import Micro, TileMicro, micros
 from hwmpq.kernels.nests import Call, Nest, Schedule, emit, nests
+from hwmpq.kernels.nests.panel import pack_scales
 from hwmpq.requantize import Epilogue
 from hwmpq.types import Execution, Workload, digest
 
 __all__ = ["Call", "Kernel", "Schedule", "best", "candidates", "kernel_named", "why_not"]
 
 #: Part of every cache key of a measured kernel: raise it when emitted code changes.
-CODEGEN_VERSION = 3
+CODEGEN_VERSION = 5
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A composition that can run a workload in a format."""
+    """A composition that can run a workload in a format. timed: the schedule that timing chose."""
 
     nest: Nest
     micro: Micro
     decoder: Decoder
+    timed: Schedule | None = None
 
     @property
     def name(self) -> str:
@@ -47,28 +49,48 @@ class Kernel:
         return self.micro.execution(fmt)
 
     def schedule(self, call: Call) -> Schedule:
-        """The default schedule: the best by estimate."""
-        return self.nest.schedules(call, self.micro)[0]
+        """The one that timing chose, else the best by estimate."""
+        return self.timed or self.schedules(call)[0]
 
-    def emit(self, call: Call, schedule: Schedule | None = None) -> Any:
-        """TVM PrimFunc; arguments: x, weight (or b), multiplier, bias, scalars, [residual], out,
-        all flat."""
-        return emit(self.nest, call, self.micro, self.decoder, schedule or self.schedule(call))
+    def schedules(self, call: Call) -> list[Schedule]:
+        """All that a call may have, best estimate first."""
+        return self.nest.schedules(call, self.micro)
+
+    def scheduled(self, schedule: Schedule, call: Call) -> Kernel:
+        """This kernel with a schedule. Raises InputError for one that a call may not have."""
+        known = self.schedules(call)
+        if schedule not in known:
+            raise InputError(f"schedule of {self.name}", schedule.text, [s.text for s in known])
+        return replace(self, timed=None if schedule == known[0] else schedule)
+
+    def emit(self, call: Call) -> Any:
+        """TVM PrimFunc; arguments: x, weight (or b), [scales], multiplier, bias, scalars,
+        [residual], out, all flat."""
+        return emit(self.nest, call, self.micro, self.decoder, self.schedule(call))
 
     def parameters(
-        self, workload: Workload, codes: NDArray[Any] | None, epilogue: Epilogue
+        self,
+        workload: Workload,
+        codes: NDArray[Any] | None,
+        epilogue: Epilogue,
+        scales: NDArray[Any] | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """The packed constant arguments, in call order after x (a matmul has no weight)."""
+        """The packed constant arguments, in call order after x (a matmul has no weight).
+
+        scales: those of a format with groups, [cout, groups of a row].
+        """
         packed = {}
         if codes is not None:
             packed["weight"] = self.nest.pack(codes, workload, self.micro, self.decoder)
+        if scales is not None:
+            packed["scales"] = pack_scales(self.nest, scales, workload, self.micro)
         packed["multiplier"] = self.nest.pad(epilogue.multiplier, workload, self.micro)
         packed["bias"] = self.nest.pad(epilogue.bias, workload, self.micro)
         packed["scalars"] = epilogue.scalars
         return packed
 
     def cell(self, call: Call) -> str:
-        """A stable hash of what is emitted for a call by default."""
+        """A stable hash of what is emitted for a call."""
         schedule = self.schedule(call)
         return digest(
             [
@@ -82,7 +104,7 @@ class Kernel:
 @cache
 def _kernels(features: frozenset[str]) -> tuple[tuple[Nest, Micro], ...]:
     able = [m for m in micros() if m.requires <= features]
-    return tuple((nest, micro) for nest in nests() for micro in able)
+    return tuple((n, m) for n in nests() for m in able if n.tiled == isinstance(m, TileMicro))
 
 
 def candidates(workload: Workload, fmt: Format, features: frozenset[str]) -> list[Kernel]:
@@ -125,8 +147,10 @@ def kernel_named(name: str, workload: Workload, fmt: Format, features: frozenset
 def _reason(nest: Nest, micro: Micro, workload: Workload, fmt: Format) -> str | None:
     if workload.op not in nest.ops:
         return f"the {nest.name} nest does not run {workload.op}"
-    if fmt.granularity == "group":
-        return "no kernel applies group scales yet"
+    if fmt.group is not None and nest.weight_dtype(micro) != "float32":
+        return f"{micro.name} multiplies codes, to which group scales cannot be applied"
+    if fmt.group is not None and not nest.grouped:
+        return f"the {nest.name} nest applies no group scales"
     reason = micro.why_not(fmt) or nest.why_not(workload, fmt, micro)
     if reason:
         return reason

@@ -19,7 +19,7 @@ from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.nests import Call, Schedule
 from hwmpq.kernels.sample import Sample, draw, stored
 from hwmpq.targets import Target
-from hwmpq.types import Workload, digest, reject_unknown
+from hwmpq.types import Workload, reject_unknown
 
 Array = NDArray[Any]
 _LAYER_KEYS = {
@@ -62,7 +62,7 @@ def export(executable: Any, path: Path) -> None:
 
 def in_call_order(kernel: Kernel, call: Call, sample: Sample) -> list[Array]:
     """The flat arguments of a kernel up to its output, which comes last."""
-    constants = kernel.parameters(call.workload, sample.weight, sample.epilogue)
+    constants = kernel.parameters(call.workload, sample.weight, sample.epilogue, sample.scales)
     first = [sample.x] if sample.b is None else [sample.x, sample.b]
     rest = [] if sample.residual is None else [sample.residual]
     return [np.ascontiguousarray(a).reshape(-1) for a in (*first, *constants.values(), *rest)]
@@ -72,10 +72,10 @@ def compile_cell(request: Mapping[str, Any]) -> dict[str, Any]:
     """Build what a request describes into its folder and say how to time it: a worker's `call`.
 
     request: "kind": "layer" with "workload" (as JSON), "format", encodings "x", "out", "residual"
-    and "b" ('' = none), "threads", "kernel", "schedule" ([rows, vectors, order] or None for the
-    best by estimate), "target", "folder", "seed". Answers the fields of `measure.Cell` of those
-    names ("library", "args", "expected", "roles", "atol", "rtol"), the seconds that compiling took
-    and "cell", the hash of what was compiled.
+    and "b" ('' = none), "threads", "kernel", "schedule" (its text, None for the best by
+    estimate), "target", "folder", "seed". Answers the fields of `measure.Cell` of those
+    names ("library", "args", "expected", "roles", "features", "atol", "rtol"), the seconds that
+    compiling took and "cell", the hash of what was compiled.
     Raises InputError for a request that cannot be built.
     """
     kind = str(request.get("kind", "layer"))
@@ -93,18 +93,19 @@ def _layer(request: Mapping[str, Any]) -> dict[str, Any]:
     target = targets.load(request["target"])
     call = _call(request)
     kernel = kernel_named(request["kernel"], call.workload, call.format, target.features)
-    best = kernel.schedule(call)
-    schedule = _schedule(request.get("schedule"), kernel, call) or best
+    if request.get("schedule"):
+        kernel = kernel.scheduled(Schedule.parse(request["schedule"]), call)
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    export(library(kernel.emit(call, schedule), target), folder / "cell.so")
+    export(library(kernel.emit(call), target), folder / "cell.so")
     seconds = time.perf_counter() - began
     files = _write_arguments(folder, kernel, call, int(request.get("seed", 0)))
-    cell = kernel.cell(call)
-    if schedule != best:
-        cell = digest([cell, schedule.rows, schedule.vectors, schedule.order])
-    return {"library": str(folder / "cell.so"), "seconds": seconds, "cell": cell, **files}
+    features = sorted(kernel.requires)
+    return {
+        "library": str(folder / "cell.so"), "seconds": seconds, "cell": kernel.cell(call),
+        "features": features, **files,
+    }  # fmt: skip
 
 
 _KINDS = {"layer": _layer}
@@ -124,17 +125,6 @@ def _call(request: Mapping[str, Any]) -> Call:
     for name in filter(None, (request["out"], residual)):
         encoding_named(name)
     return Call(workload, fmt, request["x"], request["out"], residual, b, threads)
-
-
-def _schedule(given: Any, kernel: Kernel, call: Call) -> Schedule | None:
-    if given is None:
-        return None
-    known = [(s.rows, s.vectors) for s in kernel.nest.schedules(call, kernel.micro)]
-    rows, vectors, order = given
-    if (rows, vectors) not in known or order not in ("vectors", "rows"):
-        blocks = ", ".join(f"{r}×{v}" for r, v in known)
-        raise InputError("schedule", given, f"{blocks}, each with 'vectors' or 'rows' outside")
-    return Schedule(rows, vectors, order)
 
 
 def _write_arguments(folder: Path, kernel: Kernel, call: Call, seed: int) -> dict[str, Any]:

@@ -31,9 +31,25 @@ def to_f32(ir: IR, value: Expr, encoding: str, lanes: int) -> Expr:
         return ir.reinterpret(wide << ir.const(16, "uint32", lanes), "float32", lanes)
     if encoding == "fp16":
         return ir.cast(ir.reinterpret(value, "float16", lanes), "float32", lanes)
+    if encoding in ("e4m3", "e5m2"):
+        return _small_float(ir, value, encoding, lanes)
     if is_integer(encoding):
         return ir.cast(ir.cast(value, "int32", lanes), "float32", lanes)
     raise ValueError(f"no kernel reads activations in {encoding}")
+
+
+def _small_float(ir: IR, value: Expr, encoding: str, lanes: int) -> Expr:
+    """Its fields moved to where fp16 has them; e4m3's exponent bias is smaller by 8 (OCP 8-bit
+    floating point specification, table 1; its one NaN is no weight)."""
+    wide = ir.cast(value, "uint16", lanes)
+
+    def u(number: int) -> Expr:
+        return ir.const(number, "uint16", lanes)
+
+    if encoding == "e5m2":
+        return to_f32(ir, wide << u(8), "fp16", lanes)
+    half = ((wide & u(0x80)) << u(8)) | ((wide & u(0x7F)) << u(7))
+    return to_f32(ir, half, "fp16", lanes) * ir.const(256.0, "float32", lanes)
 
 
 def from_f32(ir: IR, value: Expr, encoding: str, lanes: int) -> Expr:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq import targets
+from hwmpq import targets, tile_permission
 from hwmpq.formats import format_named, known_formats
 from hwmpq.kernels import Kernel, candidates, kernel_named
 from hwmpq.kernels.build import assembly, in_call_order, library
@@ -29,8 +29,14 @@ from hwmpq.kernels.sample import VALUES, draw, read
 from hwmpq.targets import Target
 from hwmpq.types import LAYER_OPS, Workload, reject_unknown
 
-#: Formats of the subset: float inputs, all integer weights, narrow sums of one and of many dots.
-KINDS = ("fp32", "bf16", "w4.fp16", "w8a8", "w8a7", "w5a8", "w4a8", "w2a8")
+#: Formats of the subset: float inputs, group scales, small floats, integer weights, narrow
+#: activations, narrow sums of one and of many dots.
+KINDS = (
+    "fp32", "bf16", "w4.fp16", "w3.bf16.g8", "e4m3.bf16", "w8a8", "w8a7", "w5a8", "w4a8", "w3a4",
+    "w2a8",
+)  # fmt: skip
+#: Formats with groups of weights, for the grid: short groups and ones that span taps.
+_GROUPED = ("w4.bf16.g8", "w3.fp16.g16", "e4m3.bf16.g64")
 EMULATED = "emulated intrinsic"
 
 _CHANNELS = (1, 3, 7, 17, 31, 33, 65)
@@ -103,7 +109,7 @@ def grid(features: frozenset[str]) -> Iterator[Case]:
     """For every kernel × format × operator: every pair of levels of two other factors."""
     for op in LAYER_OPS:
         rows = pairwise({**_SIZES[op], **_REST})
-        for way in _ways(op, features, known_formats()):
+        for way in _ways(op, features, (*known_formats(), *_GROUPED)):
             for i, row in enumerate(rows):
                 yield _case(op, way, row, i)
 
@@ -122,7 +128,8 @@ def check(case: Case, target: Target) -> str | None:
     if how(kernel) == EMULATED:
         function = emit_emulated(kernel.nest, call, kernel.micro, kernel.decoder, schedule)
     else:
-        function = kernel.emit(call, schedule)
+        tile_permission.ask(kernel.requires)
+        function = replace(kernel, timed=schedule).emit(call)
     here = targets.native() if targets.satisfied_by_host(target) else target
     module = library(function, here).jit()
     sample = draw(call, case.seed, case.values)

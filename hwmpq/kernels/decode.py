@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq.kernels.codes import memory_dtype, to_f32
+from hwmpq.kernels.codes import from_f32, memory_dtype, to_f32
 from hwmpq.kernels.ir import IR, Buffer, Expr
 
 Codes = NDArray[Any]
@@ -109,8 +109,7 @@ def _expand_bits(bits: int, dtype: str) -> Callable[..., None]:
                 first += unit // per_byte
             # Sign extension of a narrow two's complement field: (code ^ sign) - sign.
             extended = ir.reinterpret(code ^ u(sign), "int8", width) - ir.const(sign, "int8", width)
-            if dtype != "int8":
-                extended = ir.cast(extended, dtype, width)
+            extended = _multiplied(ir, extended, "s8", dtype, width)
             ir.store(dst, dst_at + vector * width, extended, width)
 
     return expand
@@ -118,32 +117,36 @@ def _expand_bits(bits: int, dtype: str) -> Callable[..., None]:
 
 def _expand_cast(encoding: str, dtype: str) -> Callable[..., None]:
     def expand(ir: IR, src: Buffer, src_at: Expr, dst: Buffer, dst_at: Expr, width: int) -> None:
-        value = ir.load(src, src_at, width)
-        if dtype == "float32":
-            value = to_f32(ir, value, encoding, width)
-        elif memory_dtype(encoding) != dtype:
-            value = ir.cast(value, dtype, width)
+        value = _multiplied(ir, ir.load(src, src_at, width), encoding, dtype, width)
         ir.store(dst, dst_at, value, width)
 
     return expand
 
 
+def _multiplied(ir: IR, value: Expr, encoding: str, dtype: str, width: int) -> Expr:
+    """An element in memory -> in the multiplied dtype, exactly; uint16 holds bf16."""
+    if dtype == memory_dtype(encoding):
+        return value
+    if dtype == "float32":
+        return to_f32(ir, value, encoding, width)
+    if dtype == "uint16":
+        return from_f32(ir, to_f32(ir, value, encoding, width), "bf16", width)
+    return ir.cast(value, dtype, width)
+
+
 def _decoders() -> dict[tuple[str, str], Decoder]:
     found: list[Decoder] = []
-    for encoding, dtype in (("fp32", "float32"), ("s8", "int8")):
+    for encoding, dtype in (("fp32", "float32"), ("s8", "int8"), ("bf16", "uint16")):
         cast = _expand_cast(encoding, dtype)
         found.append(Decoder(encoding, dtype, 1, 1, dtype, _flat, cast, identity=True))
-    for encoding in ("bf16", "fp16", "s8"):
-        found.append(
-            Decoder(
-                encoding, "float32", 1, 1, memory_dtype(encoding), _flat,
-                _expand_cast(encoding, "float32"),
-            )
-        )  # fmt: skip
-    found.append(Decoder("s8", "int16", 1, 1, "int8", _flat, _expand_cast("s8", "int16")))
+    wide = [(encoding, "float32") for encoding in ("bf16", "fp16", "s8", "e4m3", "e5m2")]
+    wide += [(encoding, "uint16") for encoding in ("s8", "e4m3", "e5m2")]
+    for encoding, dtype in (*wide, ("s8", "int16")):
+        cast = _expand_cast(encoding, dtype)
+        found.append(Decoder(encoding, dtype, 1, 1, memory_dtype(encoding), _flat, cast))
     for bits in range(2, 8):
         unit = _unit(bits)
-        for dtype in ("int8", "int16", "float32"):
+        for dtype in ("int8", "int16", "uint16", "float32"):
             found.append(
                 Decoder(
                     f"s{bits}", dtype, unit, bits * unit // 8, "uint8", _pack_bits(bits),

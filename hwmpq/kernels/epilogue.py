@@ -2,11 +2,17 @@
 
 Emits exactly `hwmpq.requantize.apply`; a test compares them bit by bit for every combination.
 A product that a sum follows is fenced: two roundings, as there.
+
+Where AVX2 makes unsigned codes of int32 sums, converting to int32 rounds and packing to bytes
+clamps from below: q = max(u8(s16(rint(min(y, hi − z))) + z), lo). What lies below the range of
+int32 is converted to its least number, so that it too ends at lo.
+Sources: Intel Intrinsics Guide, _mm256_cvtps_epi32, _mm256_packs_epi32, _mm256_packus_epi16.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from hwmpq.kernels.codes import from_f32, memory_dtype, to_f32
 from hwmpq.kernels.ir import IR, Buffer, Expr
@@ -15,11 +21,20 @@ from hwmpq.storage import is_integer
 
 
 @dataclass(frozen=True)
+class Run:
+    """Vectors of sums of neighbouring channels from `channel` on; they go to out[at]."""
+
+    sums: list[Expr]
+    channel: Expr
+    at: Expr
+
+
+@dataclass(frozen=True)
 class EpilogueEmitter:
     """multiplier, bias: [padded channels]; scalars: fp32; residual and out are flat tensors.
 
     integer: the accumulators are int32. scaled: a float accumulator is multiplied as well
-    (attention's 1/√d). residual: encoding, '' = none.
+    (attention's 1/√d). residual: encoding, '' = none. avx2: the micro-kernel is one of AVX2.
     """
 
     integer: bool
@@ -31,6 +46,55 @@ class EpilogueEmitter:
     scalars: Buffer
     out_buffer: Buffer
     residual_buffer: Buffer | None
+    avx2: bool
+
+    def store_runs(self, ir: IR, runs: list[Run], lanes: int) -> None:
+        """Finish and store runs of whole vectors: four at once are packed to bytes by AVX2, else
+        two of a run at once."""
+        unsigned = is_integer(self.out) and memory_dtype(self.out) == "uint8"
+        if not (self.avx2 and self.integer and unsigned):
+            for run in runs:
+                for j in range(0, len(run.sums), 2):
+                    pair, skip = run.sums[j : j + 2], j * lanes
+                    acc, wide = ir.concatenate(pair, lanes), len(pair) * lanes
+                    self.store(ir, acc, run.channel + skip, run.at + skip, wide, wide)
+            return
+        vectors = [
+            Run([acc], run.channel + j * lanes, run.at + j * lanes)
+            for run in runs
+            for j, acc in enumerate(run.sums)
+        ]
+        starts = set(accumulate((len(run.sums) for run in runs), initial=0))
+        for first in range(0, len(vectors), 4):
+            last = min(first + 4, len(vectors))
+            codes = ir.let(self._packed(ir, vectors[first:last], lanes))
+            ends = [i for i in range(first + 1, last + 1) if i == last or i in starts]
+            for begin, end in pairwise([first, *ends]):
+                part = list(range((begin - first) * lanes, (end - first) * lanes))
+                ir.store(self.out_buffer, vectors[begin].at, ir.shuffle(codes, part), len(part))
+
+    def _packed(self, ir: IR, vectors: list[Run], lanes: int) -> Expr:
+        """The codes of up to four vectors of eight sums, in order."""
+
+        def whole(vector: Run) -> Expr:
+            residual = None
+            if self.residual:
+                residual = self._residual(ir, vector.at, lanes, lanes)
+            y = self._steps(ir, vector.sums[0], vector.channel, residual, lanes)
+            top = ir.broadcast(ir.load(self.scalars, HI) - ir.load(self.scalars, Z_OUT), lanes)
+            return ir.intrinsic("llvm.x86.avx.cvt.ps2dq.256", "int32x8", ir.minimum(y, top))
+
+        a, b, c, d = ([ir.let(whole(vector)) for vector in vectors] * 4)[:4]
+        zero = ir.broadcast(ir.cast(ir.load(self.scalars, Z_OUT), "int16"), 16)
+        low = ir.broadcast(ir.cast(ir.load(self.scalars, LO), "uint8"), 32)
+        halves = [
+            ir.intrinsic("llvm.x86.avx2.packssdw", "int16x16", *two) + zero
+            for two in ((a, b), (c, d))
+        ]
+        codes = ir.intrinsic("llvm.x86.avx2.packuswb", "uint8x32", *halves)
+        # both packings work within halves of a register: words are those of a b c d a b c d
+        words = ir.let(ir.reinterpret(ir.maximum(codes, low), "int32", 8))
+        return ir.reinterpret(ir.shuffle(words, [0, 4, 1, 5, 2, 6, 3, 7]), "uint8", 32)
 
     def store(self, ir: IR, acc: Expr, channel: Expr, at: Expr, lanes: int, valid: int) -> None:
         """Finish `lanes` channels from `channel` on and store the first `valid` at out[at]."""
@@ -62,16 +126,13 @@ class EpilogueEmitter:
         def s(index: int) -> Expr:
             return ir.broadcast(ir.load(self.scalars, index), lanes)
 
-        bias = ir.load(self.bias, channel, lanes)
         to_code = is_integer(self.out)
+        if self.integer and to_code:
+            q = ir.rint(self._steps(ir, acc, channel, residual, lanes), lanes)
+            return self._clamp(ir, q + s(Z_OUT), s)
+        bias = ir.load(self.bias, channel, lanes)
         if self.integer:
-            y = ir.cast(acc + bias, "float32", lanes) * ir.load(self.multiplier, channel, lanes)
-            if to_code:
-                q = ir.rint(y, lanes)
-                if residual is not None:
-                    q = q + ir.rint(self._residual_steps(s, residual), lanes)
-                return self._clamp(ir, q + s(Z_OUT), s)
-            y = ir.fence(y, lanes)
+            y = ir.fence(self._product(ir, acc, channel, lanes), lanes)
         elif self.scaled:
             y = ir.fence(acc * ir.load(self.multiplier, channel, lanes), lanes) + bias
         else:
@@ -84,12 +145,25 @@ class EpilogueEmitter:
             return self._clamp(ir, ir.rint(y * s(INV_OUT), lanes) + s(Z_OUT), s)
         return self._clamp(ir, y, s)
 
-    def _residual_steps(self, s: object, residual: Expr) -> Expr:
-        """The residual in steps of the result: one fp32 product."""
-        assert callable(s)
+    def _product(self, ir: IR, acc: Expr, channel: Expr, lanes: int) -> Expr:
+        """f32(acc + bias) · m, of an int32 sum."""
+        value = ir.cast(acc + ir.load(self.bias, channel, lanes), "float32", lanes)
+        return value * ir.load(self.multiplier, channel, lanes)
+
+    def _steps(self, ir: IR, acc: Expr, channel: Expr, residual: Expr, lanes: int) -> Expr:
+        """An int32 sum, and the residual, in steps of the result. Not yet rounded without one."""
+        y = self._product(ir, acc, channel, lanes)
+        if residual is None:
+            return y
+
+        def s(index: int) -> Expr:
+            return ir.broadcast(ir.load(self.scalars, index), lanes)
+
         if is_integer(self.residual):
-            return (residual - s(Z_RES)) * s(M_RES)
-        return residual * s(INV_OUT)
+            r = (residual - s(Z_RES)) * s(M_RES)
+        else:
+            r = residual * s(INV_OUT)
+        return ir.rint(y, lanes) + ir.rint(r, lanes)
 
     def _clamp(self, ir: IR, value: Expr, s: object) -> Expr:
         assert callable(s)

@@ -8,11 +8,20 @@ vector value; scalars have one lane. Everything emitted is plain TIR: the same t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 Expr = Any
 Buffer = Any
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where an element of a buffer lies, for an intrinsic that takes a pointer."""
+
+    buffer: Buffer
+    index: Expr
 
 
 class IR:
@@ -29,6 +38,12 @@ class IR:
     def function(self, name: str = "main") -> Iterator[None]:
         with self._builder, self._t.prim_func(s_tir=True):
             self._t.func_attr({"global_symbol": name, "tirx.noalias": True})
+            yield
+
+    @contextmanager
+    def importing(self, llvm: str) -> Iterator[None]:
+        """Inside, `external` reaches the functions of a module of LLVM text ('' = none)."""
+        with self._t.attr(0, "pragma_import_llvm", llvm) if llvm else nullcontext():
             yield
 
     def result(self) -> Any:
@@ -62,6 +77,12 @@ class IR:
         with maker(extent) as index:
             yield index
 
+    @contextmanager
+    def when(self, condition: Expr) -> Iterator[None]:
+        """What is emitted inside runs only where the condition holds."""
+        with self._t.If(condition), self._t.Then():
+            yield
+
     def load(self, buffer: Buffer, index: Expr, lanes: int = 1, stride: int = 1) -> Expr:
         return buffer[self._at(index, lanes, stride)]
 
@@ -94,6 +115,17 @@ class IR:
         """A pure LLVM intrinsic by its full name; dtype with lanes, e.g. 'int32x8'."""
         return self._tir.call_llvm_pure_intrin(dtype, name, *args)
 
+    def external(self, name: str, dtype: str, *args: Expr) -> Expr:
+        """A function of the imported LLVM text: for what TIR has no types for; it is inlined."""
+        return self._tir.call_extern(dtype, name, *args)
+
+    def effect(self, name: str, *args: Expr | Address) -> None:
+        """An LLVM intrinsic that gives nothing back and changes memory or hidden registers."""
+        given = [
+            self._t.address_of(a.buffer[a.index]) if isinstance(a, Address) else a for a in args
+        ]
+        self._t.evaluate(self._tir.call_llvm_intrin("void", name, *given))
+
     def call(self, name: str, dtype: str, *args: Expr) -> Expr:
         """A TIR intrinsic such as 'tirx.nearbyint'."""
         return self._tir.call_intrin(dtype, name, *args)
@@ -119,6 +151,12 @@ class IR:
 
     def shuffle(self, vector: Expr, indices: list[int]) -> Expr:
         return self._tir.Shuffle([vector], indices)
+
+    def concatenate(self, vectors: list[Expr], lanes: int) -> Expr:
+        """One vector of the elements of all, in order."""
+        if len(vectors) == 1:
+            return vectors[0]
+        return self._tir.Shuffle(vectors, list(range(len(vectors) * lanes)))
 
     def interleave(self, vectors: list[Expr], lanes: int) -> Expr:
         """a0 b0 .. a1 b1 ..: one vector of all the elements."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq.formats import Format, encoding_named
+from hwmpq.formats import Format, QuantizedWeight, encoding_named
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.nests import Call
 from hwmpq.kernels.reference import Answer, accumulate, answer, depth
@@ -20,12 +20,14 @@ Array = NDArray[Any]
 #: random: full range; most, least: all activations at their largest code and all weights at theirs
 #: or at its negative: the largest sums that can occur.
 VALUES = ("random", "most", "least")
+#: About the scale of weights.
+_SCALE = np.float32(0.01)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
     """x, b, residual: as they lie in memory, in the reference's shape (b of a matmul only);
-    weight: codes in torch's layout (None for a matmul)."""
+    weight: codes in torch's layout (None for a matmul); scales: of their groups, or None."""
 
     x: Array
     weight: Array | None
@@ -33,6 +35,7 @@ class Sample:
     epilogue: Epilogue
     residual: Array | None
     answer: Answer
+    scales: Array | None = None
 
 
 def draw(call: Call, seed: int, values: str = "random", positive: bool = False) -> Sample:
@@ -46,6 +49,10 @@ def draw(call: Call, seed: int, values: str = "random", positive: bool = False) 
     x = _operand(rng, call.x, _image(w, w.in_shape), values, "most")
     other = _operand(rng, fmt.weight.name, w.weight_shape, values, values)
     x_values, w_values = _values(call.x, x), _values(fmt.weight.name, other)
+    scales = None
+    if fmt.group is not None:
+        scales = (rng.random(fmt.scale_shape(w.weight_shape)) + 0.5).astype(np.float32) * _SCALE
+        w_values = fmt.dequantize_weight(QuantizedWeight(other, scales))
     acc = accumulate(w, x_values, w_values, x_quantizer.zero)
     magnitude = np.abs(acc)
     if not fmt.is_integer:
@@ -57,7 +64,7 @@ def draw(call: Call, seed: int, values: str = "random", positive: bool = False) 
     read = None if residual is None else _values(call.residual, residual)
     right = answer(acc, e, read, depth(w), magnitude)
     weight, b = (other, None) if w.has_weight else (None, other.astype(memory_dtype(call.b)))
-    return Sample(x, weight, b, e, residual, right)
+    return Sample(x, weight, b, e, residual, right, scales)
 
 
 def stored(encoding: str, values: Array) -> Array:
@@ -172,10 +179,11 @@ def _epilogue(
 def _weight_scale(
     rng: np.random.Generator, fmt: Format, channels: int, per_channel: bool
 ) -> NDArray[np.float32]:
-    """One scale per channel, ones for weights that take none, one for operand b of a matmul."""
-    if not fmt.weight.scaled:
+    """One scale per channel, ones for weights that take none or whose groups have their own, one
+    for operand b of a matmul."""
+    if not fmt.weight.scaled or fmt.group is not None:
         return np.ones(channels, np.float32)
-    scales = (rng.random(channels) + 0.5).astype(np.float32) * np.float32(0.01)
+    scales = (rng.random(channels) + 0.5).astype(np.float32) * _SCALE
     return scales if per_channel else np.full(channels, scales[0])
 
 

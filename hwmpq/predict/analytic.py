@@ -17,7 +17,8 @@ from hwmpq.errors import InputError
 from hwmpq.formats import Format
 from hwmpq.kernels import Call, Kernel, Schedule, kernel_named
 from hwmpq.kernels.codes import memory_dtype
-from hwmpq.kernels.nests.gemm import Geometry, Packing, blocks
+from hwmpq.kernels.nests.gemm import Packing, blocks
+from hwmpq.kernels.nests.image import Geometry
 from hwmpq.targets import Caches, Target
 from hwmpq.types import FloatArray, Workload
 
@@ -121,9 +122,12 @@ def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thread
     vectors = -(-g.cout // micro.lanes) if depthwise else packing.vectors
     steps = g.kh * g.kw if depthwise else packing.steps
     pixels = g.n * oh * g.groups if not depthwise else g.n * oh
+    rows = min(schedule.rows, ow)
+    # the last block of pixels of a depthwise row is smaller, all others overlap their neighbour
+    row_sizes = blocks(ow, rows) if depthwise else [(-(-ow // rows), rows)]
     per_row = sum(
         count_r * count_v * micro.cycles(r, v, fmt)
-        for count_r, r in blocks(ow, min(schedule.rows, ow))
+        for count_r, r in row_sizes
         for count_v, v in blocks(vectors, schedule.vectors)
     )
     lanes_padded = vectors * micro.lanes * (1 if depthwise else g.groups)
@@ -145,7 +149,7 @@ def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thread
         decoded /= g.groups  # its vectors run over the groups
     if not workload.has_weight:  # one element at a time (nests/gemm.py, _operand)
         decoded = float(g.n * packing.vectors * packing.steps * packing.width) * micro.vector_bytes
-    row_blocks = -(-ow // min(schedule.rows, ow))
+    row_blocks = -(-ow // rows)
     again = 0.0
     if tile_bytes > target.caches.l1d:
         again = lanes_padded * steps * micro.kstep * width * g.n * oh * row_blocks
@@ -176,7 +180,7 @@ def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thread
 
 
 def _copied(call: Call, kernel: Kernel, g: Geometry, packing: Packing, depthwise: bool) -> int:
-    """Elements of the scratch input, 0 where the input is read in place (gemm.copy_padded)."""
+    """Elements of the scratch input, 0 where the input is read in place (image.copy_padded)."""
     micro = kernel.micro
     dtype, over = micro.a_dtype, packing.per_segment * micro.kstep > g.segment
     if depthwise:

@@ -133,6 +133,8 @@ def _why_left_out(row: StoreRow, target: Target) -> str:
         return "failed"
     if not m.samples_s or m.source != "measured":
         return "no measured time"
+    if m.quality.get("schedule"):
+        return "not in its default schedule"
     if row.target != target.name:
         return "another target"
     code = str(row.toolchain.get("codegen", ""))

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hwmpq.formats import encoding_named
+from hwmpq.formats import encoding_named, reciprocal
 from hwmpq.graph import Node
 from hwmpq.kernels.glue import vmath
 from hwmpq.kernels.glue.rows import partial_sums
 from hwmpq.quantize import interpret
 from hwmpq.quantize.interpret import Op, Param
-from hwmpq.requantize import Quantizer, reciprocal
+from hwmpq.requantize import Quantizer
 
 #: Operators of which torch's own function differs from that here by less than
 #: CLOSE · (|value| + the number given): five times what was measured.
@@ -90,14 +90,20 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Horner, highest power first, one fused multiply-add per power."""
-    x64, y = x.double(), torch.empty_like(x)
-    first, *rest = (x64.new_tensor(_f32(c)) for c in coefficients)
-    y64 = first.expand_as(x64).clone()
-    for c in rest:
-        torch.addcmul(c, y64, x64, out=y64)
-        y.copy_(y64)  # rounds
-        y64.copy_(y)
+    """Highest power first: pairs a·x + b, then Horner in x², each a fused multiply-add."""
+    x64, square = x.double(), (x * x).double()
+
+    def pair(a: float, b: float) -> Tensor:
+        """Rounded to fp32."""
+        return torch.addcmul(x64.new_tensor(_f32(b)), x64, x64.new_tensor(_f32(a))).float()
+
+    rest = iter(coefficients)
+    if len(coefficients) % 2:
+        y = torch.full_like(x, next(rest))
+    else:
+        y = pair(next(rest), next(rest))
+    for a, b in zip(rest, rest, strict=True):
+        y = torch.addcmul(pair(a, b).double(), y.double(), square).float()
     return y
 
 

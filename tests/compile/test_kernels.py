@@ -22,6 +22,8 @@ from hwmpq.kernels.emulate import EmulatedIR
 from hwmpq.kernels.epilogue import EpilogueEmitter
 from hwmpq.kernels.ir import IR
 from hwmpq.kernels.micro.avx2_int import MaddBytes
+from hwmpq.kernels.micro.avx512_bf16 import DOT
+from hwmpq.kernels.nests import gemm
 from hwmpq.measure import Cell, Protocol, WorkerProcess, time_block
 from hwmpq.types import Workload
 
@@ -44,6 +46,38 @@ def worker() -> Iterator[WorkerProcess]:
 def failures(cases: Sequence[conf.Case], target: targets.Target) -> str:
     found = ((case, conf.check(case, target)) for case in cases)
     return "\n".join(f"{case}: {wrong}" for case, wrong in found if wrong)
+
+
+# passes over a reduction that is larger than the L1 cache
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("fmt", ["fp32", "w8a8", "w4a8"])
+def test_reduction_in_several_passes(
+    fmt: str, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd rows, so that blocks overlap; depths differ between formats, so all passes are small."""
+    monkeypatch.setattr(gemm, "_PASS", 2048)
+    monkeypatch.setattr(gemm, "_RESIDENT", 0)
+    depths: list[bool] = []
+    whole = gemm.Emitter._depth
+
+    def depth(emitter: gemm.Emitter, count: int) -> int:
+        found = whole(emitter, count)
+        depths.append(found < emitter.p.steps)
+        return found
+
+    monkeypatch.setattr(gemm.Emitter, "_depth", depth)
+    work = Workload.make(
+        "conv2d", "bias+add+relu", n=2, h=9, w=11, cin=128, cout=40, kh=3, kw=3, sh=1, sw=1, pt=1,
+        pl=1, pb=1, pr=1, dh=1, dw=1, groups=groups,
+    )  # fmt: skip
+    x = format_named(fmt).activation.name
+    call = Call(work, format_named(fmt), x, x, x)
+    kernel = candidates(work, call.format, HOST.features)[0]
+    assert conf.check(conf.Case(kernel.name, call), HOST) is None
+    if kernel.micro.name.startswith("avx2"):
+        assert any(depths)
 
 
 # conformance
@@ -96,6 +130,27 @@ def test_emulated_dot_product_is_the_instruction() -> None:
     got = run(body, [acc, a, w], np.zeros(16, np.int32), EmulatedIR())
     terms = (a.astype(np.int64) * w).reshape(16, 4).sum(1)
     np.testing.assert_array_equal(got, (acc + terms).astype(np.int32))
+
+
+def test_emulated_bf16_dot_is_the_instruction() -> None:
+    rng = np.random.default_rng(0)
+    a, w = (rng.integers(0x3C00, 0x4400, 32).astype(np.uint16) for _ in range(2))
+    a[::3] |= 0x8000
+    acc = rng.standard_normal(16).astype(np.float32)
+
+    def body(ir: IR, src: Sequence[Any], out: Any) -> None:
+        sums, left, right = (
+            ir.load(buffer, 0, size) for buffer, size in zip(src, (16, 32, 32), strict=True)
+        )
+        ir.store(out, 0, ir.external(DOT, "float32x16", sums, left, right), 16)
+
+    got = run(body, [acc, a, w], np.zeros(16, np.float32), EmulatedIR())
+    x, y = (
+        (v.astype(np.uint32) << 16).view(np.float32).astype(np.float64).reshape(16, 2)
+        for v in (a, w)
+    )
+    odd = (acc + x[:, 1] * y[:, 1]).astype(np.float32)
+    np.testing.assert_array_equal(got, (odd + x[:, 0] * y[:, 0]).astype(np.float32))
 
 
 def linear(fmt: str, **sizes: int) -> Call:
@@ -197,6 +252,25 @@ def test_every_16_bit_pattern_is_decoded(encoding: str) -> None:
     np.testing.assert_array_equal(got[numbers].view(np.uint32), values[numbers].view(np.uint32))
 
 
+@pytest.mark.parametrize("encoding", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+def test_every_8_bit_float_is_decoded(encoding: str, dtype: str) -> None:
+    """uint16 holds the same number in bf16."""
+    d = decoder(encoding, dtype)
+    assert d is not None
+    codes = np.arange(256, dtype=np.uint8)
+    values = encoding_named(encoding).dequantize(codes)
+    numbers = np.isfinite(values)
+
+    def body(ir: IR, src: Sequence[Any], out: Any) -> None:
+        with ir.loop(codes.size // 8) as block:
+            d.expand(ir, src[0], block * 8, out, block * 8, 8)
+
+    got = run(body, [d.pack(codes.reshape(-1, 8))], np.zeros(codes.size, dtype))
+    read = got if dtype == "float32" else encoding_named("bf16").dequantize(got)
+    np.testing.assert_array_equal(read[numbers].view(np.uint32), values[numbers].view(np.uint32))
+
+
 @pytest.mark.parametrize("encoding", ["bf16", "fp16"])
 def test_floats_are_stored_as_formats_rounds_them(encoding: str) -> None:
     rng = np.random.default_rng(0)
@@ -279,10 +353,9 @@ def test_a_schedule_changes_the_cell(tmp_path: Path) -> None:
     best = candidates(CONV, format_named("w8a8"), HOST.features)[0].schedule(
         Call(CONV, format_named("w8a8"), "u8", "u8")
     )
-    given = [best.rows, best.vectors, best.order]
     same = compile_cell(plain)["cell"]
-    assert compile_cell(plain | {"schedule": given})["cell"] == same
-    assert compile_cell(plain | {"schedule": [1, 1, "vectors"]})["cell"] != same
+    assert compile_cell(plain | {"schedule": best.text})["cell"] == same
+    assert compile_cell(plain | {"schedule": "1x1.vectors"})["cell"] != same
     names = {path.name for path in (tmp_path / "cell").iterdir()}
     assert names == {"args.safetensors", "cell.so", "expected.safetensors"}
 

@@ -21,7 +21,8 @@ from hwmpq.kernels.cover import pairwise
 from hwmpq.kernels.decode import Decoder, decoder
 from hwmpq.kernels.micro import Micro, micros
 from hwmpq.kernels.nests import nests
-from hwmpq.kernels.nests.gemm import Geometry, Packing
+from hwmpq.kernels.nests.gemm import Packing
+from hwmpq.kernels.nests.image import Geometry
 from hwmpq.kernels.reference import accumulate
 from hwmpq.kernels.sample import draw
 from hwmpq.types import Workload
@@ -113,16 +114,18 @@ def test_every_packed_weight_is_where_the_loops_read_it(
 @pytest.mark.parametrize("channels", [3, 8, 17])
 def test_depthwise_packing(encoding: str, channels: int) -> None:
     nest, work = NESTS["depthwise"], conv(channels, channels, groups=channels)
-    for micro in (m for m in micros() if m.acc_dtype == "int32" and not m.partial_dtype):
+    for micro in (m for m in micros() if m.acc_dtype == "int32"):
         d = decoder(encoding, nest.weight_dtype(micro))
         assert d is not None
         codes = random_codes(encoding, work.weight_shape)
         packed = nest.pack(codes, work, micro, d)
-        steps = -(-9 // d.unit) * d.unit
-        for c, tap in product(range(channels), range(9)):
-            vector = c // micro.lanes * steps + tap
-            got = field(packed, vector, c % micro.lanes, micro.lanes, d)
-            assert got == codes[c].reshape(9)[tap]
+        steps = -(-(-(-3 // micro.kstep) * 3) // d.unit) * d.unit
+        width = micro.lanes * micro.kstep
+        for c, (i, j) in product(range(channels), np.ndindex(3, 3)):
+            vector = c // micro.lanes * steps + i // micro.kstep * 3 + j
+            at = c % micro.lanes * micro.kstep + i % micro.kstep
+            got = field(packed, vector, at, width, d)
+            assert got == codes[c, 0, i, j]
 
 
 def test_constants_are_padded_per_group() -> None:
@@ -138,9 +141,9 @@ def test_constants_are_padded_per_group() -> None:
 @pytest.mark.parametrize(
     ("work", "fmt", "features", "reason"),
     [
-        (LINEAR, "w4a8.g64", AVX2, "no kernel applies group scales yet"),
+        (LINEAR, "w4a8.g64", AVX2, "multiplies codes, to which group scales cannot be applied"),
         (LINEAR, "e4m3", AVX2, "does not decode e4m3 activations"),
-        (LINEAR, "e4m3.bf16", AVX2, "no decoder from e4m3 weights to float32"),
+        (LINEAR, "e3m2", AVX2, "does not decode e3m2 activations"),
         (MATMUL, "w4a8", AVX2, "runs in floats and w8a8"),
         (MATMUL, "w8.bf16", AVX2, "both operands of a matmul are activations"),
         (LINEAR, "w8a8", frozenset(), r"no kernel for linear .* avx2_madd16 \(needs avx2\)"),
@@ -304,7 +307,8 @@ def request(**changes: Any) -> dict[str, Any]:
         ({"b": "s8"}, InputError, "encoding of b of a w8a8 linear: got 's8'"),
         ({"out": "u9"}, UnknownName, "unknown encoding: got 'u9'"),
         ({"kernel": "magic"}, InputError, "no such kernel for linear in w8a8: got magic"),
-        ({"schedule": [99, 9, "rows"]}, InputError, r"schedule: got \[99, 9, 'rows'\]; allowed: "),
+        ({"schedule": "99x9.rows"}, InputError, r"schedule of conv2d.+: got 99x9.rows; allowed: "),
+        ({"schedule": "6x2"}, InputError, "schedule: got '6x2'; allowed: such as 6x2.vectors"),
         ({"target": "x86"}, UnknownName, "unknown target: got 'x86'"),
     ],
 )

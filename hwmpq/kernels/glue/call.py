@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmpq.errors import InputError
+from hwmpq.formats import reciprocal
 from hwmpq.kernels.codes import INVERSE, QUANTIZER, RATIO, SCALE, ZERO
-from hwmpq.requantize import Quantizer, reciprocal
+from hwmpq.requantize import Quantizer
 from hwmpq.storage import is_integer
 
 LAYOUTS = ("nhwc", "plain")

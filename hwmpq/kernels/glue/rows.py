@@ -77,8 +77,9 @@ def softmax(frame: Frame) -> None:
         shares = ir.scratch(size, "float32")
 
         def share(at: Expr, n: int) -> Expr:
-            distance = frame.value(0, first + at, n) - ir.broadcast(top, n)
-            value = ir.let(vmath.exp(ir, distance, n))
+            distance = frame.value(0, first + at, n) - ir.broadcast(top, n)  # never above 0
+            distance = ir.maximum(distance, ir.const(vmath.EXP_RANGE[0], "float32", n))
+            value = ir.let(vmath.exp_within(ir, distance, n))
             ir.store(shares, at, value, n)
             return value
 

@@ -45,11 +45,20 @@ def constant(ir: IR, value: float, lanes: int) -> Expr:
     return ir.const(value, "float32", lanes)
 
 
-def polynomial(ir: IR, x: Expr, coefficients: Sequence[float], lanes: int) -> Expr:
-    """Horner, highest power first, one fused multiply-add per power."""
-    y = constant(ir, coefficients[0], lanes)
-    for c in coefficients[1:]:
-        y = ir.fma(y, x, constant(ir, c, lanes), lanes)
+def polynomial(ir: IR, x: Expr, square: Expr, coefficients: Sequence[float], lanes: int) -> Expr:
+    """Highest power first. Terms two by two, a·x + b, then Horner in x²: the chain of dependent
+    multiply-adds, which is what a register of values waits for, is half as long."""
+
+    def pair(a: float, b: float) -> Expr:
+        return ir.fma(constant(ir, a, lanes), x, constant(ir, b, lanes), lanes)
+
+    rest = iter(coefficients)
+    if len(coefficients) % 2:
+        y = constant(ir, next(rest), lanes)
+    else:
+        y = pair(next(rest), next(rest))
+    for a, b in zip(rest, rest, strict=True):
+        y = ir.fma(y, square, pair(a, b), lanes)
     return y
 
 
@@ -59,14 +68,20 @@ def between(ir: IR, x: Expr, low: float, high: float, lanes: int) -> Expr:
 
 def exp(ir: IR, x: Expr, lanes: int) -> Expr:
     """e^x for x in EXP_RANGE; x is bounded to that."""
-    x = ir.let(between(ir, x, *EXP_RANGE, lanes))
+    return exp_within(ir, between(ir, x, *EXP_RANGE, lanes), lanes)
+
+
+def exp_within(ir: IR, x: Expr, lanes: int) -> Expr:
+    """e^x = 2^k · (1 + y) for x that lies in EXP_RANGE; the last step only scales 1 + y."""
+    x = ir.let(x)
     k = ir.let(ir.rint(x * constant(ir, LOG2_E, lanes), lanes))
     r = ir.fma(k, constant(ir, -LN2[0], lanes), x, lanes)
     r = ir.let(ir.fma(k, constant(ir, -LN2[1], lanes), r, lanes))
-    y = ir.fma(polynomial(ir, r, EXP, lanes), r * r, r, lanes) + constant(ir, 1.0, lanes)
+    square = ir.let(r * r)
+    y = ir.fma(polynomial(ir, r, square, EXP, lanes), square, r, lanes)
     biased = ir.cast(k, "int32", lanes) + ir.const(127, "int32", lanes)
-    power = ir.reinterpret(biased << ir.const(23, "int32", lanes), "float32", lanes)
-    return ir.fence(y * power, lanes)
+    power = ir.let(ir.reinterpret(biased << ir.const(23, "int32", lanes), "float32", lanes))
+    return ir.fma(y, power, power, lanes)
 
 
 def sigmoid(ir: IR, x: Expr, lanes: int) -> Expr:
@@ -80,7 +95,7 @@ def gelu(ir: IR, x: Expr, lanes: int) -> Expr:
     x = ir.let(x)
     zero = constant(ir, 0.0, lanes)
     t = ir.let(ir.maximum(ir.minimum(x, zero - x), constant(ir, TAIL_END, lanes)))
-    below = exp(ir, polynomial(ir, t, TAIL, lanes), lanes)
+    below = exp_within(ir, polynomial(ir, t, ir.let(t * t), TAIL, lanes), lanes)
     return ir.fma(t, below, ir.maximum(x, zero), lanes)
 
 
@@ -94,8 +109,9 @@ def gelu_tanh(ir: IR, x: Expr, lanes: int) -> Expr:
 def tanh(ir: IR, x: Expr, lanes: int) -> Expr:
     x = ir.let(between(ir, x, -TANH_ONE, TANH_ONE, lanes))
     square = ir.let(x * x)
-    above = x * polynomial(ir, square, TANH_ABOVE, lanes)
-    return above / polynomial(ir, square, TANH_BELOW, lanes)
+    fourth = ir.let(square * square)
+    above = x * polynomial(ir, square, fourth, TANH_ABOVE, lanes)
+    return above / polynomial(ir, square, fourth, TANH_BELOW, lanes)
 
 
 def total(ir: IR, vector: Expr, lanes: int, join: Callable[[Expr, Expr], Expr]) -> Expr:

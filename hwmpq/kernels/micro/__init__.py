@@ -68,6 +68,14 @@ class Micro(ABC):
         """acc + the widened partial sums."""
         raise ValueError(f"{self.name} keeps no partial sums")
 
+    def depth(self, steps: int) -> int:
+        """Reduction steps of a segment as packed; those added hold zero weights."""
+        return steps
+
+    #: LLVM text that its `dot` calls into (`IR.external`)
+    llvm: str = ""
+    #: registers that a block needs beside its sums and weights
+    spare: int = 5
     #: dtype and lanes of a partial sum
     partial_dtype: str = ""
     partial_lanes: int = 0
@@ -75,6 +83,54 @@ class Micro(ABC):
     @abstractmethod
     def cycles(self, rows: int, vectors: int, fmt: Format) -> float:
         """Estimated cycles of one reduction step on a rows × vectors register block."""
+
+
+@dataclass(frozen=True)
+class TileMicro(Micro):
+    """One that also multiplies tiles: rows of activations by `lanes` channels, many steps at once.
+
+    A tile of weights is a run of the vectors that `dot` takes, so both are packed alike.
+    tile_rows: activation rows of a tile at most; tile_steps: reduction steps of a tile at most.
+    A block is 1 or 2 tiles of activations by 1 or 2 of weights.
+    """
+
+    tile_rows: int = 16
+    tile_steps: int = 16
+
+    def tile_depth(self, steps: int) -> int:
+        """Steps of the tiles that a segment is cut into: equal ones, as few as possible."""
+        return -(-steps // -(-steps // self.tile_steps))
+
+    def depth(self, steps: int) -> int:
+        return -(-steps // self.tile_depth(steps)) * self.tile_depth(steps)
+
+    @abstractmethod
+    def configure(self, ir: IR, rows: int, steps: int) -> None:
+        """Shape the tiles of this thread; what they held is lost."""
+
+    @abstractmethod
+    def release(self, ir: IR) -> None:
+        """Hand the tiles of this thread back."""
+
+    @abstractmethod
+    def zero(self, ir: IR, i: int, j: int) -> None:
+        """Sums of tiles i (activations) × j (weights) = 0."""
+
+    @abstractmethod
+    def load_activations(self, ir: IR, i: int, buffer: Buffer, at: Expr, pitch: int) -> None:
+        """Tile i from buffer[at], its rows `pitch` elements apart."""
+
+    @abstractmethod
+    def load_weights(self, ir: IR, j: int, buffer: Buffer, at: Expr) -> None:
+        """Tile j from the vectors that begin at buffer[at]."""
+
+    @abstractmethod
+    def product(self, ir: IR, i: int, j: int) -> None:
+        """Sums of i × j += their product."""
+
+    @abstractmethod
+    def store(self, ir: IR, i: int, j: int, buffer: Buffer, at: Expr, pitch: int) -> None:
+        """Sums of i × j to buffer[at], rows `pitch` elements apart."""
 
 
 @cache

@@ -77,7 +77,10 @@ class MaddBytes(Micro):
 
 
 MICROS = (
-    MaddWords("avx2_madd16", frozenset({"avx2"}), 8, 2, "int16", "int16", "int32", 16, 32),
+    MaddWords(
+        "avx2_madd16", frozenset({"avx2"}), 8, 2, "int16", "int16", "int32", 16, 32,
+        spare=2,
+    ),
     MaddBytes(
         "avx2_maddubs", frozenset({"avx2"}), 8, 4, "uint8", "int8", "int32", 16, 32,
         partial_dtype="int16", partial_lanes=16,

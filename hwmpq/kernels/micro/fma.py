@@ -29,7 +29,7 @@ class Fma(Micro):
         return acc + a * w
 
     def cycles(self, rows: int, vectors: int, fmt: Format) -> float:
-        return max(rows * vectors / 2 + (rows + vectors) / 4, 4.0)
+        return max(rows * vectors / 2, 4.0) + (rows + vectors) / 4
 
 
 MICROS = (

@@ -38,11 +38,12 @@ class Vnni(Micro):
         return max(rows * vectors * self.vector_bytes / 64 + (rows + vectors) / 4, 5.0) / 4
 
 
+AVX512_VNNI = Vnni(
+    "avx512_vnni", frozenset({"avx512f", "avx512vnni"}), 16, 4, "uint8", "int8", "int32",
+    32, 64, intrinsic="llvm.x86.avx512.vpdpbusd.512",
+)  # fmt: skip
 MICROS = (
-    Vnni(
-        "avx512_vnni", frozenset({"avx512f", "avx512vnni"}), 16, 4, "uint8", "int8", "int32",
-        32, 64, intrinsic="llvm.x86.avx512.vpdpbusd.512",
-    ),
+    AVX512_VNNI,
     Vnni(
         "avxvnni", frozenset({"avx2", "avxvnni"}), 8, 4, "uint8", "int8", "int32",
         16, 32, intrinsic="llvm.x86.avx512.vpdpbusd.256",

@@ -5,6 +5,7 @@ A file defines `NEST`, the folder is the registry.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmpq.errors import InputError
 from hwmpq.formats import Format
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.decode import Decoder
@@ -49,12 +51,29 @@ class Schedule:
     vectors: int
     order: str = "vectors"
 
+    @property
+    def text(self) -> str:
+        """Such as 6x2.vectors."""
+        return f"{self.rows}x{self.vectors}.{self.order}"
+
+    @staticmethod
+    def parse(text: str) -> Schedule:
+        """The reverse of `text`. Raises InputError."""
+        match = re.fullmatch(r"(\d+)x(\d+)\.(vectors|rows)", text)
+        if match is None:
+            raise InputError("schedule", repr(text), "such as 6x2.vectors or 4x3.rows")
+        return Schedule(int(match[1]), int(match[2]), match[3])
+
 
 class Nest(ABC):
     """Loops of one operator. All tensors are flat in memory, images channels-last."""
 
     name: str
     ops: tuple[str, ...]
+    #: whether it multiplies tiles: it runs on a TileMicro, other nests on all other ones
+    tiled: bool = False
+    #: whether it applies scales of groups of weights
+    grouped: bool = False
 
     @abstractmethod
     def why_not(self, workload: Workload, fmt: Format, micro: Micro) -> str | None:
@@ -102,10 +121,12 @@ class Buffers:
     weight: Buffer
     scalars: Buffer
     epilogue: EpilogueEmitter
+    scales: Buffer | None = None
 
 
 def arguments(ir: IR, nest: Nest, call: Call, micro: Micro, decoder: Decoder) -> Buffers:
-    """Declare the arguments, in order: x, weight, multiplier, bias, scalars, [residual], out."""
+    """Declare the arguments, in order: x, weight, [scales], multiplier, bias, scalars, [residual],
+    out."""
     w = call.workload
     x = ir.arg("x", int(np.prod(w.in_shape)), memory_dtype(call.x))
     if w.has_weight:
@@ -113,6 +134,10 @@ def arguments(ir: IR, nest: Nest, call: Call, micro: Micro, decoder: Decoder) ->
     else:
         weight = ir.arg("b", int(np.prod(w.weight_shape)), memory_dtype(call.b))
     channels = nest.channels(w, micro)
+    scales = None
+    if call.format.group is not None:
+        groups = call.format.scale_shape(w.weight_shape)[1]
+        scales = ir.arg("scales", groups * channels, "float32")
     multiplier = ir.arg("multiplier", channels, "float32")
     bias = ir.arg("bias", channels, micro.acc_dtype)
     scalars = ir.arg("scalars", SCALARS, "float32")
@@ -124,9 +149,9 @@ def arguments(ir: IR, nest: Nest, call: Call, micro: Micro, decoder: Decoder) ->
     scaled = call.format.weight.scaled or not w.has_weight
     epilogue = EpilogueEmitter(
         micro.acc_dtype == "int32", call.out, call.residual, scaled,
-        multiplier, bias, scalars, out, residual,
+        multiplier, bias, scalars, out, residual, "avx2" in micro.requires and micro.lanes == 8,
     )  # fmt: skip
-    return Buffers(x, weight, scalars, epilogue)
+    return Buffers(x, weight, scalars, epilogue, scales)
 
 
 def emit(nest: Nest, call: Call, micro: Micro, decoder: Decoder, schedule: Schedule) -> Any:
@@ -134,7 +159,8 @@ def emit(nest: Nest, call: Call, micro: Micro, decoder: Decoder, schedule: Sched
     ir = IR()
     with ir.function():
         buffers = arguments(ir, nest, call, micro, decoder)
-        nest.body(ir, call, micro, decoder, schedule, buffers)
+        with ir.importing(micro.llvm):
+            nest.body(ir, call, micro, decoder, schedule, buffers)
     return ir.result()
 
 

@@ -12,13 +12,15 @@ from hwmpq.kernels.decode import Decoder
 from hwmpq.kernels.ir import IR
 from hwmpq.kernels.micro import Micro
 from hwmpq.kernels.nests import Buffers, Call, Nest, Schedule
-from hwmpq.kernels.nests.gemm import Emitter, Geometry, Packing, schedules
+from hwmpq.kernels.nests.gemm import Emitter, Packing, schedules
+from hwmpq.kernels.nests.image import Geometry
 from hwmpq.types import Workload
 
 
 class Conv2d(Nest):
     name = "conv2d"
     ops = ("conv2d", "linear")
+    grouped = True
 
     def why_not(self, workload: Workload, fmt: Format, micro: Micro) -> str | None:
         if workload.op not in self.ops:

@@ -1,23 +1,38 @@
 """Depthwise convolution: vectors run over channels, every distinct input vector is loaded once.
 
-Integers are widened to 32 bit first, so that any integer micro-kernel multiplies lane by lane: the
-other factors of its dot are then the zero bytes of the widened activation.
+A dot's kstep factors are the pixels of kstep rows of the window under one channel: their vectors
+are interleaved, a missing row is zeros. The image is read in place: windows that reach over its
+edge are emitted one by one, where what lies outside is known. It is copied between margins first
+when there are many such rows, when it must be widened, or when the last channels fill no vector.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwmpq.formats import Format
+from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.decode import Decoder
+from hwmpq.kernels.epilogue import Run
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.kernels.micro import Micro
 from hwmpq.kernels.nests import Buffers, Call, Nest, Schedule
-from hwmpq.kernels.nests.gemm import Geometry, copy_padded
+from hwmpq.kernels.nests.gemm import blocks
+from hwmpq.kernels.nests.image import Geometry, copy_padded
+from hwmpq.requantize import Z_IN
 from hwmpq.types import Workload
+
+#: Vectors of channels taken at a time at most, and bytes that shall stay in the first-level cache.
+_CHUNK, _RESIDENT = 8, 24 * 1024
+#: Rows of the result over an edge of the image that are emitted one by one, at most.
+_EDGE = 4
 
 
 class Depthwise(Nest):
@@ -25,12 +40,9 @@ class Depthwise(Nest):
     ops = ("depthwise",)
 
     def why_not(self, workload: Workload, fmt: Format, micro: Micro) -> str | None:
-        if micro.partial_dtype:
-            return f"{micro.name} sums neighbouring channels, which a depthwise kernel must not"
+        if micro.acc_dtype == "float32" and micro.kstep > 1:
+            return f"{micro.name} multiplies pairs of floats, a depthwise kernel single ones"
         return None
-
-    def weight_dtype(self, micro: Micro) -> str:
-        return "float32" if micro.acc_dtype == "float32" else "int8"
 
     def channels(self, workload: Workload, micro: Micro) -> int:
         return -(-workload["cout"] // micro.lanes) * micro.lanes
@@ -38,112 +50,275 @@ class Depthwise(Nest):
     def pad(self, values: NDArray[Any], workload: Workload, micro: Micro) -> NDArray[Any]:
         return np.pad(values, (0, self.channels(workload, micro) - values.size))
 
-    def _steps(self, workload: Workload, decoder: Decoder) -> int:
-        """Taps, padded to whole blocks of the decoder."""
-        return -(-workload["kh"] * workload["kw"] // decoder.unit) * decoder.unit
-
     def pack(
         self, codes: NDArray[Any], workload: Workload, micro: Micro, decoder: Decoder
     ) -> NDArray[Any]:
-        taps = workload["kh"] * workload["kw"]
-        wide = np.zeros(
-            (self.channels(workload, micro), self._steps(workload, decoder)), codes.dtype
-        )
-        wide[: workload["cout"], :taps] = codes.reshape(workload["cout"], taps)
-        vectors = wide.reshape(-1, micro.lanes, wide.shape[1]).transpose(0, 2, 1)
-        return decoder.pack(vectors.reshape(-1, micro.lanes))
+        """[vectors][steps] vectors of [lanes][kstep]; a step is a column of kstep rows."""
+        kh, kw, lanes, kstep = workload["kh"], workload["kw"], micro.lanes, micro.kstep
+        groups = -(-kh // kstep)
+        vectors = self.channels(workload, micro) // lanes
+        wide = np.zeros((vectors * lanes, groups * kstep, kw), codes.dtype)
+        wide[: workload["cout"], :kh] = codes.reshape(workload["cout"], kh, kw)
+        split = wide.reshape(vectors, lanes, groups, kstep, kw).transpose(0, 2, 4, 1, 3)
+        packed = np.zeros((vectors, _steps(workload, micro, decoder), lanes * kstep), codes.dtype)
+        packed[:, : groups * kw] = split.reshape(vectors, groups * kw, lanes * kstep)
+        return decoder.pack(packed.reshape(-1, lanes * kstep))
 
     def schedules(self, call: Call, micro: Micro) -> list[Schedule]:
-        width = call.workload.out_hw[1]
-        sizes = [4, 3, 2, 6, 1]
-        sizes.sort(key=lambda rows: width % rows > 0)
-        return [Schedule(min(rows, width), 1, "rows") for rows in sizes]
+        """Fewest vector loads first. A few channels at a time where that keeps the rows under a
+        window in the first-level cache, else all: memory likes to be read in one stretch."""
+        g = Geometry.of(call.workload)
+        item = 4 if micro.acc_dtype == "float32" else 1
+        window = g.kh * g.padded[1] * micro.lanes * item
+        vectors = -(-g.cin // micro.lanes)
+        order = "vectors" if _CHUNK * window <= _RESIDENT < vectors * window else "rows"
+        # equal parts where they are not too small: the code of a last, smaller one is as long
+        equal = max(n for n in range(1, _CHUNK + 1) if vectors % n == 0)
+        part = equal if equal * 2 >= _CHUNK and g.cin % micro.lanes == 0 else _CHUNK
+        sizes = range(1, min(micro.registers // 2, g.out[1] + 1))
+        return [
+            Schedule(rows, part if order == "vectors" else vectors, order)
+            for rows in sorted(sizes, key=lambda rows: (_loads(g, rows), -rows))
+        ]
 
     def body(
         self, ir: IR, call: Call, micro: Micro, decoder: Decoder, schedule: Schedule, bufs: Buffers
     ) -> None:
-        g = Geometry.of(call.workload)
-        dtype = "float32" if micro.acc_dtype == "float32" else "uint8"
-        ragged = g.cin % micro.lanes != 0
-        source = copy_padded(ir, g, bufs, call.x, dtype, 32, force=ragged)
-        weights, steps = self._weights(ir, call, micro, decoder, bufs)
+        _Emitter(ir, call, micro, decoder, schedule, bufs).emit()
+
+
+def _loads(g: Geometry, size: int) -> int:
+    """Vectors of weights and of input under one row of windows, taken `size` pixels at a time."""
+    return sum(
+        count * (g.kw + len(_columns(g, pixels))) for count, pixels in blocks(g.out[1], size)
+    )
+
+
+def _columns(g: Geometry, count: int) -> set[int]:
+    """Input columns under `count` neighbouring pixels, from the first window's first on."""
+    return {pixel * g.sw + j * g.dw for pixel in range(count) for j in range(g.kw)}
+
+
+def _steps(workload: Workload, micro: Micro, decoder: Decoder) -> int:
+    """Weight vectors under one vector of channels, padded to whole blocks of the decoder."""
+    steps = -(-workload["kh"] // micro.kstep) * workload["kw"]
+    return -(-steps // decoder.unit) * decoder.unit
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What is read: its size, and the rows and columns of padding that are not in memory."""
+
+    buffer: Buffer
+    dtype: str
+    height: int
+    width: int
+    top: int
+    left: int
+
+    def inner_rows(self, g: Geometry) -> list[int]:
+        """Rows of the result whose windows lie between the first and the last row of the image."""
+        last = self.height + self.top - (g.kh - 1) * g.dh
+        return [y for y in range(g.out[0]) if self.top <= y * g.sh < last]
+
+
+class _Emitter:
+    """Emission of one depthwise convolution; the state that its loops share."""
+
+    def __init__(
+        self, ir: IR, call: Call, micro: Micro, decoder: Decoder, schedule: Schedule, bufs: Buffers
+    ):
+        self.ir, self.micro, self.decoder, self.schedule = ir, micro, decoder, schedule
+        self.bufs, self.g = bufs, Geometry.of(call.workload)
+        self.parallel = call.threads > 1
+        self.run = micro.run_length(call.format)
+        self.steps = _steps(call.workload, micro, decoder)
+        self.floats = micro.acc_dtype == "float32"
+        self.image = self._image(call.x)
+        self.zero = ir.const(0, self.image.dtype, micro.lanes)
+        if not self.floats:
+            zero = ir.let(ir.cast(ir.load(bufs.scalars, Z_IN), self.image.dtype))
+            self.zero = ir.broadcast(zero, micro.lanes)
+        self.weights = self._weights()
+
+    def _image(self, x: str) -> _Image:
+        """The input itself, or a copy with its padding. Codes are widened when they are read."""
+        g = self.g
+        dtype = self.micro.a_dtype if self.floats else "uint8"
+        ragged = g.cin % self.micro.lanes != 0
+        place = _Image(self.bufs.x, dtype, g.h, g.w, g.pt, g.pl)
+        edge = g.out[0] - len(place.inner_rows(g))
+        if memory_dtype(x) == dtype and not ragged and edge <= _EDGE:
+            return place
+        buffer = copy_padded(self.ir, g, self.bufs, x, dtype, self.micro.vector_bytes, force=ragged)
+        return _Image(buffer, dtype, *g.padded, 0, 0)
+
+    def _weights(self) -> Buffer:
+        """The weights as they are multiplied."""
+        ir, d, micro = self.ir, self.decoder, self.micro
+        if d.identity:
+            return self.bufs.weight
+        width, count = micro.lanes * micro.kstep, -(-self.g.cin // micro.lanes) * self.steps
+        tile = ir.scratch(count * width, micro.w_dtype)
+        with ir.loop(count // d.unit) as block:
+            packed, to = block * d.rows * width, block * d.unit * width
+            d.expand(ir, self.bufs.weight, packed, tile, to, width)
+        return tile
+
+    def emit(self) -> None:
+        ir, g = self.ir, self.g
+        outside = self.schedule.order == "vectors"
+        for first, many in self._chunks(self.parallel and outside):
+            with ir.loop(g.n) as image:
+                for row in self._rows(self.parallel and not outside):
+                    for start, count in self._groups():
+                        self._vectors(image, row, start, count, first, many)
+
+    def _rows(self, parallel: bool) -> Iterator[Expr]:
+        """Rows of the result: those over an edge of the image as plain numbers, one by one."""
+        inner = self.image.inner_rows(self.g) or [0]
+        many = len(inner) if len(inner) > 1 else 0
+        yield from range(inner[0] if many else 0)
+        if many:
+            with self.ir.loop(many, parallel) as row:
+                yield inner[0] + row
+        yield from range(inner[0] + many if many else 0, self.g.out[0])
+
+    def _chunks(self, parallel: bool) -> Iterator[tuple[Expr, int]]:
+        """(first channel, channels) of the parts that are walked one after the other."""
+        size = self.schedule.vectors * self.micro.lanes
+        full, rest = divmod(self.g.cin, size)
+        if full:
+            with self.ir.loop(full, parallel) as chunk:
+                yield chunk * size, size
+        if rest:
+            yield full * size, rest
+
+    def _vectors(
+        self, image: Expr, row: Expr, start: Expr, count: int, first: Expr, many: int
+    ) -> None:
+        """`count` neighbouring pixels of `many` channels from `first` on."""
+        lanes = self.micro.lanes
+        full, rest = divmod(many, lanes)
+        if full:
+            with self.ir.loop(full) as vector:
+                self._block(image, row, start, count, first // lanes + vector, lanes)
+        if rest:
+            self._block(image, row, start, count, first // lanes + full, rest)
+
+    def _groups(self) -> Iterator[tuple[Expr, int]]:
+        """(first, how many) neighbouring pixels of a row: those whose windows lie inside the image
+        in a loop, the others one by one with a plain number as their first."""
+        ow, size, inner = self.g.out[1], self.schedule.rows, []
+        for start in range(0, ow - size + 1, size):
+            if not any(self._outside(start, column) for column in _columns(self.g, size)):
+                inner.append(start)
+        first, behind = (inner[0], inner[-1] + size) if len(inner) > 1 else (0, 0)
+        for start in range(0, first, size):
+            yield start, size
+        if behind:
+            with self.ir.loop(len(inner)) as group:
+                yield first + group * size, size
+        for start in range(behind, ow, size):
+            yield start, min(size, ow - start)
+
+    def _outside(self, start: Expr, column: int) -> bool:
+        """Whether that column lies outside the image; never for a pixel of a loop."""
+        if not isinstance(start, int):
+            return False
+        return not 0 <= start * self.g.sw - self.image.left + column < self.image.width
+
+    def _block(
+        self, image: Expr, row: Expr, start: Expr, count: int, vector: Expr, valid: int
+    ) -> None:
+        """`count` neighbouring pixels of one channel vector."""
+        ir, g, lanes = self.ir, self.g, self.micro.lanes
+        acc = ir.local(count * lanes, self.micro.acc_dtype)
+        for i in range(count):
+            ir.store(acc, i * lanes, ir.const(0, self.micro.acc_dtype, lanes), lanes)
+        y = image * self.image.height + row * g.sh - self.image.top
+        corner = (y * self.image.width + start * g.sw - self.image.left) * g.cin + vector * lanes
+        pitch = g.dh * self.image.width * g.cin
+        for rows, step in self._window(row):
+            at = [None if i is None else corner + i * pitch for i in rows]
+            self._accumulate(acc, at, vector * self.steps + step * g.kw, start, count)
         oh, ow = g.out
-        vectors = g.cin // micro.lanes
-        rows = schedule.rows
+        channel, epilogue = vector * lanes, self.bufs.epilogue
+        first = ((image * oh + row) * ow + start) * g.cout + channel
+        sums = [ir.load(acc, i * lanes, lanes) for i in range(count)]
+        if valid == lanes:
+            runs = [Run([value], channel, first + i * g.cout) for i, value in enumerate(sums)]
+            epilogue.store_runs(ir, runs, lanes)
+            return
+        for i, value in enumerate(sums):
+            epilogue.store(ir, value, channel, first + i * g.cout, lanes, valid)
 
-        def column(image: Expr, row: Expr, start: Expr, count: int) -> None:
-            with ir.loop(vectors) as vector:
-                block(image, row, start, count, vector, micro.lanes)
-            if ragged:
-                block(image, row, start, count, vectors, g.cin % micro.lanes)
+    def _window(self, row: Expr) -> Iterator[tuple[list[Expr | None], Expr]]:
+        """(rows of the window, their step) for every dot; None: a row outside the image."""
+        kh, kstep = self.g.kh, self.micro.kstep
+        if not isinstance(row, int):
+            with self.ir.loop(kh // kstep) as step:
+                yield [step * kstep + i for i in range(kstep)], step
+            if kh % kstep:
+                yield list(range(kh // kstep * kstep, kh)), kh // kstep
+            return
+        top = row * self.g.sh - self.image.top
+        for step in range(-(-kh // kstep)):
+            rows = range(step * kstep, min(step * kstep + kstep, kh))
+            inside = [i if 0 <= top + i * self.g.dh < self.image.height else None for i in rows]
+            yield inside, step
 
-        def block(
-            image: Expr, row: Expr, start: Expr, count: int, vector: Expr, valid: int
-        ) -> None:
-            acc = _accumulate(
-                ir, g, micro, source, weights, steps, image, row, start, count, vector
-            )
-            for i, value in enumerate(acc):
-                at = ((image * oh + row) * ow + start + i) * g.cout + vector * micro.lanes
-                bufs.epilogue.store(ir, value, vector * micro.lanes, at, micro.lanes, valid)
-
-        with ir.loop(g.n) as image, ir.loop(oh, call.threads > 1) as row:
-            with ir.loop(ow // rows) as group:
-                column(image, row, group * rows, rows)
-            if ow % rows:
-                column(image, row, ow // rows * rows, ow % rows)
-
-    def _weights(
-        self, ir: IR, call: Call, micro: Micro, decoder: Decoder, bufs: Buffers
-    ) -> tuple[Buffer, int]:
-        """The weights as float32 or int8, and the steps between vectors."""
-        steps = self._steps(call.workload, decoder)
-        if decoder.identity:
-            return bufs.weight, steps
-        vectors = self.channels(call.workload, micro) // micro.lanes
-        dtype = self.weight_dtype(micro)
-        tile = ir.scratch(vectors * steps * micro.lanes, dtype)
-        with ir.loop(vectors * steps // decoder.unit) as block:
-            decoder.expand(
-                ir, bufs.weight, block * decoder.rows * micro.lanes, tile,
-                block * decoder.unit * micro.lanes,
-                micro.lanes,
-            )  # fmt: skip
-        return tile, steps
-
-
-def _accumulate(
-    ir: IR, g: Geometry, micro: Micro, source: Buffer, weights: Buffer, steps: int,
-    image: Expr, row: Expr, start: Expr, count: int, vector: Expr,
-) -> list[Expr]:  # fmt: skip
-    """Accumulators of `count` neighbouring pixels of one channel vector."""
-    height, width = g.padded
-    lanes = micro.lanes
-    floats = micro.acc_dtype == "float32"
-    acc = ir.local(count * lanes, micro.acc_dtype)
-    for i in range(count):
-        ir.store(acc, i * lanes, ir.const(0, micro.acc_dtype, lanes), lanes)
-
-    def widened(value: Expr, dtype: str) -> Expr:
-        if floats:
-            return ir.let(value)
-        wide = ir.cast(value, "int32", lanes)
-        return ir.let(ir.reinterpret(wide, dtype, lanes * micro.kstep))
-
-    with ir.loop(g.kh) as i:
-        at = ((image * height + row * g.sh + i * g.dh) * width + start * g.sw) * g.cin
+    def _accumulate(
+        self, acc: Buffer, at: list[Expr | None], step: Expr, start: Expr, count: int
+    ) -> None:
+        """Add what lies under some rows of the window, whose corners are given. Padding of floats
+        adds nothing and is left out."""
+        ir, g, lanes = self.ir, self.g, self.micro.lanes
+        width, run = lanes * self.micro.kstep, max(self.run, 1)
         loaded: dict[int, Expr] = {}
-        for j in range(g.kw):
-            tap = ((vector * steps) + i * g.kw + j) * lanes
-            w = widened(ir.load(weights, tap, lanes), micro.w_dtype)
+        for first in range(0, g.kw, run):
+            taps = range(first, min(first + run, g.kw))
+            weights = [ir.let(ir.load(self.weights, (step + j) * width, width)) for j in taps]
             for pixel in range(count):
-                column = pixel * g.sw + j * g.dw
-                if column not in loaded:
-                    raw = ir.load(source, at + column * g.cin + vector * lanes, lanes)
-                    loaded[column] = widened(raw, micro.a_dtype)
-                value = micro.dot(ir, ir.load(acc, pixel * lanes, lanes), loaded[column], w)
-                ir.store(acc, pixel * lanes, value, lanes)
-    return [ir.load(acc, i * lanes, lanes) for i in range(count)]
+                pairs = []
+                for j, w in zip(taps, weights, strict=True):
+                    column = pixel * g.sw + j * g.dw
+                    outside = self._outside(start, column)
+                    if self.floats and (outside or not any(a is not None for a in at)):
+                        continue
+                    if column not in loaded:
+                        loaded[column] = self._pixel(
+                            [None if a is None or outside else a + column * g.cin for a in at]
+                        )
+                    pairs.append((loaded[column], w))
+                if pairs:
+                    value = self._dots(ir.load(acc, pixel * lanes, lanes), pairs)
+                    ir.store(acc, pixel * lanes, value, lanes)
+
+    def _dots(self, acc: Expr, pairs: list[tuple[Expr, Expr]]) -> Expr:
+        """acc + all dots, summed narrowly first where the micro-kernel does so."""
+        ir, micro = self.ir, self.micro
+        if not self.run:
+            return reduce(lambda total, pair: micro.dot(ir, total, *pair), pairs, acc)
+        return micro.widen(ir, acc, reduce(add, (micro.partial(ir, a, w) for a, w in pairs)))
+
+    def _pixel(self, at: list[Expr | None]) -> Expr:
+        """kstep pixels, one below the other, as a dot takes them."""
+        ir, micro = self.ir, self.micro
+        lanes = micro.lanes
+        rows = [
+            self.zero if a is None else ir.let(ir.load(self.image.buffer, a, lanes)) for a in at
+        ]
+        if micro.kstep == 1:
+            return rows[0]
+        if len(rows) == 1:  # the others are the zero bytes of a wider number
+            word = ir.cast(rows[0], "int32", lanes)
+            return ir.let(ir.reinterpret(word, micro.a_dtype, lanes * micro.kstep))
+        rows += [ir.const(0, self.image.dtype, lanes)] * (micro.kstep - len(rows))
+        value = ir.interleave(rows, lanes)
+        if self.image.dtype != micro.a_dtype:
+            value = ir.cast(value, micro.a_dtype, lanes * micro.kstep)
+        return ir.let(value)
 
 
 NEST = Depthwise()

@@ -5,9 +5,7 @@ kw · cin elements of one row (no dilation, no groups), else cin / groups elemen
 segment is read `kstep` elements at a time; weights are packed in exactly that order, `lanes`
 output channels in a vector, zeros where a segment or the channels are not a multiple.
 
-Input is read in place where possible. It is first copied to a padded scratch image when there is
-padding (filled with the zero point), when the micro-kernel wants another dtype (u8 as int16, bf16
-as fp32), or when the last step of a segment would read past the buffer.
+Input is read in place where possible (nests/image.py).
 """
 
 from __future__ import annotations
@@ -17,86 +15,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hwmpq.kernels.codes import memory_dtype, to_f32
 from hwmpq.kernels.decode import Decoder
+from hwmpq.kernels.epilogue import Run
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.kernels.micro import Micro
 from hwmpq.kernels.nests import Buffers, Call, Schedule
+from hwmpq.kernels.nests.image import Geometry, copy_padded
 from hwmpq.kernels.nests.operand import Operand
+from hwmpq.kernels.nests.panel import panel
 from hwmpq.requantize import Z_IN
-from hwmpq.types import Workload
-
-_SLACK = 64
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a convolution as the loops see it; one image when `flat` (1 × 1, stride 1)."""
-
-    n: int
-    h: int
-    w: int
-    cin: int
-    cout: int
-    kh: int
-    kw: int
-    sh: int
-    sw: int
-    pt: int
-    pl: int
-    pb: int
-    pr: int
-    dh: int
-    dw: int
-    groups: int
-
-    @staticmethod
-    def of(work: Workload) -> Geometry:
-        if work.op == "linear":
-            return Geometry(1, 1, work["m"], work["k"], work["n"], 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1)
-        if work.op == "matmul":  # every image has weights of its own
-            return Geometry(
-                work["b"], 1, work["m"], work["k"], work["n"], 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1
-            )
-        g = Geometry(**dict(work.dims))
-        plain = g.kh == g.kw == g.sh == g.sw == 1 and not any((g.pt, g.pl, g.pb, g.pr))
-        if plain:
-            return Geometry(
-                1, 1, g.n * g.h * g.w, g.cin, g.cout, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, g.groups
-            )
-        return g
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        return self.h + self.pt + self.pb, self.w + self.pl + self.pr
-
-    @property
-    def out(self) -> tuple[int, int]:
-        h, w = self.padded
-        return (
-            (h - self.dh * (self.kh - 1) - 1) // self.sh + 1,
-            (w - self.dw * (self.kw - 1) - 1) // self.sw + 1,
-        )
-
-    @property
-    def merged(self) -> bool:
-        """A whole kernel row is contiguous."""
-        return self.dw == 1 and self.groups == 1
-
-    @property
-    def taps(self) -> list[tuple[int, int]]:
-        """(row, column) offset of every segment."""
-        if self.merged:
-            return [(i * self.dh, 0) for i in range(self.kh)]
-        return [(i * self.dh, j * self.dw) for i in range(self.kh) for j in range(self.kw)]
-
-    @property
-    def segment(self) -> int:
-        return self.kw * self.cin if self.merged else self.cin // self.groups
-
-    @property
-    def gout(self) -> int:
-        return self.cout // self.groups
 
 
 @dataclass(frozen=True)
@@ -110,7 +37,7 @@ class Packing:
 
     @staticmethod
     def of(g: Geometry, micro: Micro, unit: int) -> Packing:
-        per_segment = -(-g.segment // micro.kstep)
+        per_segment = micro.depth(-(-g.segment // micro.kstep))
         steps = per_segment * len(g.taps)
         return Packing(
             -(-g.gout // micro.lanes),
@@ -126,77 +53,41 @@ def blocks(total: int, size: int) -> list[tuple[int, int]]:
     return [(c, s) for c, s in ((full, size), (1, rest)) if c and s]
 
 
-#: Registers left over by a block: LLVM keeps broadcasts that neighbouring pixels share alive, and
-#: spills beyond this (seen: 6 × 2 blocks of 16 registers are slower than 4 × 2 on every shape).
-_SPARE = 5
+#: Bytes of a multiplied weight.
+WIDTH = {"float32": 4, "int16": 2, "uint16": 2, "int8": 1}
 #: Bytes of decoded weights that may stay resident while rows are walked on the outside.
 _RESIDENT = 24 * 1024
+#: Estimated slowdown of the other order of loops.
+_TURNED = 1.15
+#: Bytes of decoded weights that a pass over all pixels multiplies: with the activations beside
+#: them they stay in the L1 cache. Larger weights take several passes.
+_PASS = 24 * 1024
+#: Pixels from which passes pay: with fewer, weights come faster from memory in one long run.
+_PASS_PIXELS = 128
 
 
 def schedules(call: Call, micro: Micro) -> list[Schedule]:
-    """Register blocks that fit, by estimated cycles; small weights stay inside the row loop."""
+    """Register blocks that fit × orders of the loops, by estimated cycles: small weights stay
+    inside the row loop. Weights that are an activation have the one order."""
     g = Geometry.of(call.workload)
     vectors = -(-g.gout // micro.lanes)
-    width = {"float32": 4, "int16": 2, "int8": 1}[micro.w_dtype]
-    weights = g.cin // g.groups * g.kh * g.kw * g.cout * width
-    resident = weights <= _RESIDENT and call.workload.has_weight
-    order = "rows" if resident else "vectors"
+    weights = g.cin // g.groups * g.kh * g.kw * g.cout * WIDTH[micro.w_dtype]
+    orders = {"rows": 1.0, "vectors": _TURNED}
+    if not call.workload.has_weight:
+        orders = {"vectors": 1.0}
+    elif weights > _RESIDENT:
+        orders = {"vectors": 1.0, "rows": _TURNED}
     found: list[tuple[float, Schedule]] = []
-    for rows in range(1, 15):
+    for rows in range(1, min(14, g.out[1]) + 1):
         for nj in (1, 2, 3, 4):
-            if rows * nj + nj + _SPARE > micro.registers or nj > vectors:
+            if rows * nj + nj + micro.spare > micro.registers or nj > vectors:
                 continue
-            cost = sum(
-                count_r * count_v * micro.cycles(r, v, call.format)
-                for count_r, r in blocks(g.out[1], rows)
-                for count_v, v in blocks(vectors, nj)
+            cost = -(-g.out[1] // rows) * sum(
+                n * micro.cycles(rows, v, call.format) for n, v in blocks(vectors, nj)
             )
-            found.append((cost, Schedule(rows, nj, order)))
+            found += [(cost * slower, Schedule(rows, nj, o)) for o, slower in orders.items()]
     found.sort(key=lambda item: (round(item[0], 6), -item[1].rows * item[1].vectors))
     return [schedule for _, schedule in found]
-
-
-def copy_padded(
-    ir: IR, g: Geometry, bufs: Buffers, x: str, dtype: str, vector_bytes: int, force: bool
-) -> Buffer:
-    """The input with its padding, in `dtype`; the input itself where nothing has to change.
-
-    x: its encoding. force: copy anyway, for the readable elements behind the end.
-    """
-    height, width = g.padded
-    if memory_dtype(x) == dtype and not force and (height, width) == (g.h, g.w):
-        return bufs.x
-    slack = _SLACK + g.pl * g.cin
-    scratch = ir.scratch(g.n * height * width * g.cin + slack, dtype)
-    zero = ir.let(ir.cast(ir.load(bufs.scalars, Z_IN), dtype))
-    row = width * g.cin
-    with ir.loop(g.n) as image:
-        at = image * height * row
-        ir.fill(scratch, at, g.pt * row + g.pl * g.cin, zero, dtype)
-        with ir.loop(g.h) as y:
-            inside = at + (g.pt + y) * row + g.pl * g.cin
-            source = (image * g.h + y) * g.w * g.cin
-            _copy(ir, bufs.x, x, source, scratch, dtype, inside, g.w * g.cin, vector_bytes)
-            # the right margin of this row and the left one of the next are neighbours
-            ir.fill(scratch, inside + g.w * g.cin, (g.pl + g.pr) * g.cin, zero, dtype)
-        below = at + (g.pt + g.h) * row + g.pl * g.cin
-        ir.fill(scratch, below, max(g.pb * row - g.pl * g.cin, 0), zero, dtype)
-    ir.fill(scratch, g.n * height * row, slack, zero, dtype)
-    return scratch
-
-
-def _copy(
-    ir: IR, src: Buffer, encoding: str, start: Expr, dst: Buffer, dtype: str, to: Expr, size: int,
-    vector_bytes: int,
-) -> None:  # fmt: skip
-    lanes = vector_bytes // {"float32": 4, "int16": 2, "uint8": 1}[dtype]
-    for offset, n in ir.vectors(0, size, lanes):
-        value = ir.load(src, start + offset, n)
-        if dtype == "float32":
-            value = to_f32(ir, value, encoding, n)
-        elif memory_dtype(encoding) != dtype:
-            value = ir.cast(value, dtype, n)
-        ir.store(dst, to + offset, value, n)
 
 
 class Emitter:
@@ -233,9 +124,7 @@ class Emitter:
                         self._pixels(group, image, row, vector, count, partial(weight, vector))
             else:
                 for vector, count in self._vector_blocks(self.parallel):
-                    weight = self._weights(group, vector, count)
-                    with self.ir.loop(self.g.n) as image, self.ir.loop(oh) as row:
-                        self._pixels(group, image, row, vector, count, partial(weight, 0))
+                    self._passes(group, vector, count)
 
     def _vector_blocks(self, parallel: bool = False) -> Iterator[tuple[Expr, int]]:
         """Full blocks of whole vectors in a loop, then the rest with the partial vector."""
@@ -256,25 +145,21 @@ class Emitter:
             self.micro.vector_bytes, force=over,
         )  # fmt: skip
 
-    def _weights(self, group: Expr, vector: Expr, count: int) -> Any:
-        """weight(first, j, step) -> vector of weights; decoded to a tile when they are packed."""
+    def _weights(
+        self, group: Expr, vector: Expr, count: int, begin: Expr = 0, steps: int = 0
+    ) -> Any:
+        """weight(first, j, step) -> vector of weights; decoded to a tile when they are packed.
+
+        begin, steps: a stretch of the reduction, 0 = all of it; step is counted from `begin` on.
+        """
         ir, p = self.ir, self.p
-        start = (group * p.vectors + vector) * p.steps
-        if self.decoder.identity:
-            source = self.bufs.weight
-        else:
-            source = ir.scratch(count * p.steps * p.width, self.micro.w_dtype)
-            d = self.decoder
-            packed = start // d.unit * d.rows * p.width
-            with ir.loop(count * p.steps // d.unit) as block:
-                d.expand(
-                    ir, self.bufs.weight, packed + block * d.rows * p.width,
-                    source, block * d.unit * p.width, p.width,
-                )  # fmt: skip
-            start = 0
+        source, start, pitch = panel(
+            ir, self.call, self.g, p, self.micro, self.decoder, self.bufs,
+            group, vector, count, begin, steps or p.steps,
+        )  # fmt: skip
 
         def weight(first: Expr, j: int, step: Expr) -> Expr:
-            return ir.load(source, (start + (first + j) * p.steps + step) * p.width, p.width)
+            return ir.load(source, (start + (first + j) * pitch + step) * p.width, p.width)
 
         return weight
 
@@ -293,51 +178,127 @@ class Emitter:
 
         return weight
 
+    def _passes(self, group: Expr, vector: Expr, count: int) -> None:
+        """All pixels of a block of vectors. Weights that the L1 cache cannot hold are multiplied
+        stretch by stretch of the reduction; the sums of all pixels wait in memory meanwhile."""
+        ir, m, p, (oh, ow) = self.ir, self.micro, self.p, self.g.out
+        depth = self._depth(count)
+        if depth == p.steps:
+            weight = partial(self._weights(group, vector, count), 0)
+            with ir.loop(self.g.n) as image, ir.loop(oh) as row:
+                self._pixels(group, image, row, vector, count, weight)
+            return
+        size = self.rows * count * m.lanes
+        total = self.g.n * oh * -(-ow // self.rows) * size
+        sums = ir.scratch(total, m.acc_dtype)
+        ir.fill(sums, 0, total, ir.const(0, m.acc_dtype), m.acc_dtype)
+
+        def blocks_of_image() -> Iterator[tuple[tuple[Expr, Expr, Expr], Expr]]:
+            with ir.loop(self.g.n) as image, ir.loop(oh) as row:
+                for block, column in self._columns():
+                    index = (image * oh + row) * -(-ow // self.rows) + block
+                    yield (image, row, column), index * size
+
+        for tap, offset in self._taps():
+            with ir.loop(p.per_segment // depth) as piece:
+                begin = piece * depth
+                step = tap * p.per_segment + begin
+                weight = partial(self._weights(group, vector, count, step, depth), 0)
+                for pixel, at in blocks_of_image():
+                    acc = ir.local(size, m.acc_dtype)
+                    for i in range(0, size, m.lanes):
+                        ir.store(acc, i, ir.load(sums, at + i, m.lanes), m.lanes)
+                    corner = self._corner(group, pixel, offset) + begin * m.kstep
+                    self._reduce(acc, corner, 0, depth, self.rows, count, weight)
+                    for i in range(0, size, m.lanes):
+                        ir.store(sums, at + i, ir.load(acc, i, m.lanes), m.lanes)
+        for pixel, at in blocks_of_image():
+            self._finish(sums, at, group, pixel, vector, count)
+
+    def _depth(self, count: int) -> int:
+        """Reduction steps of one pass: all, or the largest equal part of a segment that fits and
+        that the decoder can begin with."""
+        p, (oh, ow) = self.p, self.g.out
+        if self.g.n * oh * ow < _PASS_PIXELS:
+            return p.steps
+        step = count * p.width * WIDTH[self.micro.w_dtype]
+        if p.steps * step <= _PASS or p.steps != p.per_segment * len(self.g.taps):
+            return p.steps
+        unit = self.decoder.unit
+        fit = [
+            d for d in range(unit, p.per_segment + 1, unit)
+            if p.per_segment % d == 0 and d * step <= _PASS
+        ]  # fmt: skip
+        # shorter stretches would read and write the sums too often
+        return max(fit) if fit and max(fit) * step * 4 >= _PASS else p.steps
+
+    @property
+    def rows(self) -> int:
+        """Pixels of a block."""
+        return min(self.schedule.rows, self.g.out[1])
+
+    def _columns(self, parallel: bool = False) -> Iterator[tuple[Expr, Expr]]:
+        """(index, first pixel) of the blocks of an output row. The last one ends with the row: what
+        it shares with its neighbour is computed twice, and the block's code exists once."""
+        ow, size = self.g.out[1], self.rows
+        with self.ir.loop(-(-ow // size), parallel) as block:
+            column = block * size
+            if ow % size:
+                column = self.ir.let(self.ir.minimum(column, ow - size))
+            yield block, column
+
     def _pixels(
         self, group: Expr, image: Expr, row: Expr, vector: Expr, count: int, weight: Any
     ) -> None:
-        """One output row: blocks of `rows` pixels, then the rest."""
-        ow = self.g.out[1]
-        size = min(self.schedule.rows, ow)
-        full = ow // size
+        """One output row."""
         flat = self.g.out[0] == 1 and self.call.workload.has_weight
-        flat_parallel = self.parallel and self.schedule.order == "rows" and flat
-        with self.ir.loop(full, flat_parallel) as block:
-            self._block(group, image, row, block * size, size, vector, count, weight)
-        if ow % size:
-            self._block(group, image, row, full * size, ow % size, vector, count, weight)
+        for _, column in self._columns(self.parallel and self.schedule.order == "rows" and flat):
+            self._block(group, (image, row, column), vector, count, weight)
 
     def _block(
-        self, group: Expr, image: Expr, row: Expr, column: Expr, rows: int,
-        vector: Expr, count: int, weight: Any,
-    ) -> None:  # fmt: skip
-        ir, m, g = self.ir, self.micro, self.g
-        acc = ir.local(rows * count * m.lanes, m.acc_dtype)
-        for i in range(rows * count):
+        self, group: Expr, pixel: tuple[Expr, Expr, Expr], vector: Expr, count: int, weight: Any
+    ) -> None:
+        ir, m = self.ir, self.micro
+        acc = ir.local(self.rows * count * m.lanes, m.acc_dtype)
+        for i in range(self.rows * count):
             if self.sums is None:
                 start = ir.const(0, m.acc_dtype, m.lanes)
             else:
                 start = ir.load(self.sums, i % count * m.lanes, m.lanes)
             ir.store(acc, i * m.lanes, start, m.lanes)
-        narrow = ir.local(rows * count * m.partial_lanes, m.partial_dtype) if self.run else None
-        for index, (dy, dx) in self._taps():
-            corner = (
-                ((image * self.height + row * g.sh + dy) * self.width + column * g.sw + dx) * g.cin
-                + group * (g.cin // g.groups)
-            )  # fmt: skip
-            steps = index * self.p.per_segment
-            self._reduce(acc, narrow, corner, steps, rows, count, weight)
-        oh, ow = g.out
-        for i in range(rows):
-            pixel = (image * oh + row) * ow + column + i
-            for j in range(count):
-                channel = (group * self.p.vectors + vector + j) * m.lanes
-                at = pixel * g.cout + group * g.gout + (vector + j) * m.lanes
-                valid = m.lanes
-                if g.gout % m.lanes and isinstance(vector, int):
-                    valid = min(m.lanes, g.gout - (vector + j) * m.lanes)
-                value = ir.load(acc, (i * count + j) * m.lanes, m.lanes)
-                self.bufs.epilogue.store(ir, value, channel, at, m.lanes, valid)
+        length = self.p.per_segment
+        for index, offset in self._taps():
+            corner = self._corner(group, pixel, offset)
+            self._reduce(acc, corner, index * length, length, self.rows, count, weight)
+        self._finish(acc, 0, group, pixel, vector, count)
+
+    def _corner(
+        self, group: Expr, pixel: tuple[Expr, Expr, Expr], offset: tuple[Expr, Expr]
+    ) -> Expr:
+        """Where a segment of a pixel begins in the input."""
+        g, (image, row, column), (dy, dx) = self.g, pixel, offset
+        line = image * self.height + row * g.sh + dy
+        return (line * self.width + column * g.sw + dx) * g.cin + group * (g.cin // g.groups)
+
+    def _finish(
+        self, acc: Buffer, base: Expr, group: Expr, pixel: tuple[Expr, Expr, Expr],
+        vector: Expr, count: int,
+    ) -> None:  # fmt: skip
+        """The epilogue of a block; the last of all vectors may have fewer channels than lanes."""
+        ir, g, lanes, epilogue = self.ir, self.g, self.micro.lanes, self.bufs.epilogue
+        (oh, ow), (image, row, column) = g.out, pixel
+        whole = min(count, g.gout // lanes - vector) if isinstance(vector, int) else count
+        channel = (group * self.p.vectors + vector) * lanes
+        runs = []
+        for i in range(self.rows):
+            sums = [ir.load(acc, base + (i * count + j) * lanes, lanes) for j in range(count)]
+            at = ((image * oh + row) * ow + column + i) * g.cout + group * g.gout + vector * lanes
+            runs.append(Run(sums[:whole], channel, at))
+            if whole < count:
+                part, skip = sums[whole], whole * lanes
+                epilogue.store(ir, part, channel + skip, at + skip, lanes, g.gout % lanes)
+        if whole:
+            epilogue.store_runs(ir, runs, lanes)
 
     def _taps(self) -> Iterator[tuple[Expr, tuple[Expr, Expr]]]:
         """Loops over the segments: (index, (row offset, column offset))."""
@@ -350,15 +311,16 @@ class Emitter:
                     yield i * g.kw + j, (i * g.dh, j * g.dw)
 
     def _reduce(
-        self, acc: Buffer, narrow: Buffer | None, corner: Expr, steps: Expr,
+        self, acc: Buffer, corner: Expr, steps: Expr, length: int,
         rows: int, count: int, weight: Any,
     ) -> None:  # fmt: skip
-        """Accumulate one segment."""
-        ir, length = self.ir, self.p.per_segment
-        if narrow is None:
+        """Accumulate `length` steps of a segment."""
+        ir, m = self.ir, self.micro
+        if not self.run:
             with ir.loop(length) as k:
                 self._step(acc, corner, steps, k, rows, count, weight)
             return
+        narrow = ir.local(rows * count * m.partial_lanes, m.partial_dtype)
         run = min(self.run, length)
         with ir.loop(length // run) as chunk:
             self._run(acc, narrow, corner, steps, chunk * run, run, rows, count, weight)

@@ -85,12 +85,14 @@ class Operand:
             ir.store(tile, at + step * m.lanes * m.kstep, value, m.lanes * m.kstep)
 
     def _depths(self, k: int) -> Iterator[tuple[Expr, list[Expr]]]:
-        """(step, its depths): a loop of the full steps, then the rest."""
+        """(step, its depths): a loop of the full steps, the rest, then steps of zeros."""
         size = self.micro.kstep
         with self.ir.loop(k // size) as step:
             yield step, [step * size + i for i in range(size)]
         if k % size:
             yield k // size, list(range(k // size * size, k))
+        for step in range(-(-k // size), self.steps):
+            yield step, []
 
     def _turned(self, tile: Buffer, at: Expr, first: Expr, valid: int) -> None:
         """b [n, k]: squares of lanes × lanes words are transposed in registers."""
