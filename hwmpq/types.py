@@ -178,7 +178,12 @@ class Measurement:
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
     """loss[l, f]: expected increase of the mean calibration loss (bigger = worse) when layer l
-    reads and weighs in format f and all else is fp32; fp32 is exactly 0. nan: not estimated."""
+    reads and weighs in format f and all else is fp32; fp32 is exactly 0. nan: not estimated.
+
+    pair_loss: as in Problem; 0 where a pair was not estimated. loss_error, pair_error: standard
+    errors, nan where unknown. layer_runs: layers run for it, each over all samples (a backward pass
+    counts as two), and layer_runs_without_reuse: if every run had begun at the inputs.
+    """
 
     layers: tuple[str, ...]
     formats: tuple[str, ...]
@@ -187,6 +192,10 @@ class Sensitivity:
     samples: int
     metric: str = "cross-entropy"
     pair_loss: FloatArray | None = None
+    loss_error: FloatArray | None = None
+    pair_error: FloatArray | None = None
+    layer_runs: int = 0
+    layer_runs_without_reuse: int = 0
 
 
 @dataclass(frozen=True, eq=False)

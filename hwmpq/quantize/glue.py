@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwmpq.formats import Encoding, encoding_named
+from hwmpq.formats import Encoding, encoding_named, reciprocal
 from hwmpq.graph import Node
 from hwmpq.quantize.interpret import apply
-from hwmpq.requantize import Quantizer, reciprocal
+from hwmpq.requantize import Quantizer
 from hwmpq.storage import is_integer
 
 #: An operand or result: its encoding and quantizer (the identity for floats).

@@ -1,9 +1,5 @@
 """How much a network loses: outputs over a data set, and the paired comparison with float.
 
-Metrics give one score per sample, higher is better: `top1` (100 if the label is hit), `agreement`
-(100 if the class is float's), `sqnr` (dB of signal over noise of the outputs, at most 120: about
-the resolution of fp32, and what float has by definition).
-
 The drop is the mean over samples of float's score minus the simulated one: paired, so that only
 samples that differ add noise. Its interval has 95 %. For scores of 0 or 100: the adjusted Wald
 interval for paired proportions (Bonett and Price, J. Educ. Behav. Stat. 37(4), 2012), i.e. the
@@ -22,16 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hwmpq.data import DataSet
-from hwmpq.errors import InputError, UnknownName
+from hwmpq.errors import InputError
 from hwmpq.quantize.feed import good_batch
+from hwmpq.quantize.scores import METRICS, Batch, Score, default_metric, find_score
 from hwmpq.quantize.simulate import Simulator
 
 Real = float  # `Judgement.float` hides the name
 F64 = NDArray[np.float64]
-#: (outputs [N, ...], float outputs, labels [N] or None) -> scores [N], higher is better.
-Metric = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _Z = 1.96
-_SQNR_CAP = 120.0
 
 
 @dataclass(frozen=True)
@@ -75,25 +69,23 @@ def predict(
 
 
 def judge(
-    reference: Tensor, simulated: Tensor, labels: Tensor | None = None, metric: str | Metric = ""
+    reference: Tensor, simulated: Tensor, labels: Tensor | None = None, metric: str | Score = ""
 ) -> Judgement:
     """Compare outputs [N, ...] with float's on the same samples.
 
-    metric: a name or a function; by default `top1` with labels, `agreement` without.
-    Raises UnknownName for an unknown metric, InputError for unequal sizes or missing labels.
+    metric: by default `top1` with labels, `agreement` without. Raises UnknownName for an unknown
+    metric, InputError for unequal sizes and as the metric does.
     """
     if reference.shape != simulated.shape or (labels is not None and len(labels) != len(simulated)):
         sizes = [tuple(t.shape) for t in (reference, simulated, labels) if t is not None]
         raise InputError("outputs and labels differ in size", sizes)
-    metric = metric or ("agreement" if labels is None else "top1")
-    if isinstance(metric, str) and metric not in METRICS:
-        raise UnknownName("metric", metric, METRICS)
-    score = METRICS[metric] if isinstance(metric, str) else metric
-    a = score(reference, reference, labels).double().numpy()
-    b = score(simulated, reference, labels).double().numpy()
+    if isinstance(metric, str):
+        metric = find_score("metric", metric, METRICS) if metric else default_metric(labels)
+    batch = Batch(reference, labels)
+    a, b = metric(reference, batch).numpy(), metric(simulated, batch).numpy()
     same = reference.flatten(1).argmax(1) == simulated.flatten(1).argmax(1)
     return Judgement(
-        metric=metric if isinstance(metric, str) else getattr(metric, "__name__", "custom"),
+        metric=metric.name,
         float=float(a.mean()),
         simulated=float(b.mean()),
         n=len(a),
@@ -112,23 +104,3 @@ def _interval(a: F64, b: F64) -> tuple[float, float]:
         return float(100 * (middle - half)), float(100 * (middle + half))
     half = _Z * (a - b).std(ddof=1) / np.sqrt(n) if n > 1 else np.inf
     return float((a - b).mean() - half), float((a - b).mean() + half)
-
-
-def _top1(outputs: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
-    if labels is None:
-        raise InputError("metric top1 without labels", next="Use the metric agreement.")
-    return 100.0 * (outputs.flatten(1).argmax(1) == labels)
-
-
-def _agreement(outputs: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
-    return 100.0 * (outputs.flatten(1).argmax(1) == reference.flatten(1).argmax(1))
-
-
-def _sqnr(outputs: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
-    signal = reference.double().flatten(1).square().sum(1)
-    noise = (outputs.double() - reference.double()).flatten(1).square().sum(1)
-    ratio = signal / noise.clamp(min=1e-300)
-    return (10 * torch.log10(ratio.clamp(min=1e-300))).clamp(max=_SQNR_CAP)
-
-
-METRICS: dict[str, Metric] = {"top1": _top1, "agreement": _agreement, "sqnr": _sqnr}

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hwmpq.formats import Encoding, encoding_named
-from hwmpq.requantize import Quantizer, reciprocal
+from hwmpq.formats import Encoding, encoding_named, reciprocal
+from hwmpq.requantize import Quantizer
 
 Method = Literal["mse", "minmax", "percentile"]
 METHODS: tuple[Method, ...] = ("mse", "minmax", "percentile")

@@ -1,46 +1,36 @@
 """`measured`: the loss with only one layer in a format, minus the fp32 loss.
 
-Cross entropy with labels; without, the Kullback-Leibler divergence KL(float ‖ quantized) of the
-first output's softmax, whose fp32 value is 0. Means over samples, in fp64. Runs the exact simulator
-once per cell, from the changed layer on.
+The loss is the task's (see `quantize.scores`): by default cross entropy with labels; without, the
+Kullback-Leibler divergence KL(float ‖ quantized), whose fp32 value is 0. Means over samples, in
+fp64. Runs the simulator once per cell, from the changed layer on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from hwmpq.sensitivity.rerun import fp32_outputs, outputs_per_cell, work_per_cell
-from hwmpq.sensitivity.task import Cell, Task
+from hwmpq.quantize.scores import Batch
+from hwmpq.sensitivity.rerun import Outputs, Runs
+from hwmpq.sensitivity.task import Task
 from hwmpq.types import Sensitivity
 
 
-def losses(outputs: Tensor, reference: Tensor, labels: Tensor | None) -> Tensor:
-    """The loss of each sample, fp64 [N]. outputs, reference: logits [N, classes]."""
-    scores = outputs.double().flatten(1).log_softmax(1)
-    if labels is not None:
-        return F.nll_loss(scores, labels, reduction="none")
-    truth = reference.double().flatten(1).log_softmax(1)
-    return (truth.exp() * (truth - scores)).sum(1)
+def loss_increase(task: Task, reference: Outputs) -> Callable[[Outputs], Tensor]:
+    """Outputs -> loss minus fp32 loss of each sample, fp64 [N]."""
+    batch = Batch(_first(reference), task.labels)
+    base = task.loss(batch.reference, batch)
+    return lambda outputs: task.loss(_first(outputs), batch) - base
+
+
+def _first(outputs: Outputs) -> Tensor:
+    return torch.cat([batch[0] for batch in outputs])
 
 
 def ESTIMATOR(task: Task) -> Sensitivity:
     """ΔL per cell; may be negative where rounding happens to help."""
-    reference = [outputs[0] for outputs in fp32_outputs(task)]
-
-    def mean_loss(outputs: list[Tensor]) -> float:
-        total = 0.0
-        for y, ref, (_, labels) in zip(outputs, reference, task.batches(), strict=True):
-            total += float(losses(y, ref, labels).sum())
-        return total / task.samples
-
-    base = mean_loss(reference)
-
-    def cells() -> Iterator[tuple[Cell, float]]:
-        for cell, outputs in outputs_per_cell(task):
-            yield cell, mean_loss([y[0] for y in outputs]) - base
-
-    metric = "kl" if task.labels is None else "cross-entropy"
-    return task.result(task.table(cells(), work_per_cell(task)), "measured", metric)
+    runs = Runs(task)
+    found = runs.estimates(task.singles(), loss_increase(task, runs.reference))
+    return task.result(found, "measured", task.loss.name, runs.tally)

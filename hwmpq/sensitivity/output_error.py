@@ -6,26 +6,29 @@ inverse of the signal-to-noise ratio. Needs no labels. Runs like `measured`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import torch
+from torch import Tensor
 
-from hwmpq.sensitivity.rerun import fp32_outputs, outputs_per_cell, work_per_cell
-from hwmpq.sensitivity.task import Cell, Task
+from hwmpq.sensitivity.rerun import Outputs, Runs
+from hwmpq.sensitivity.task import Task
 from hwmpq.types import Sensitivity
+
+LOSSES = ()
 
 
 def ESTIMATOR(task: Task) -> Sensitivity:
     """Relative squared output error per cell, ≥ 0."""
-    reference = [y.double() for outputs in fp32_outputs(task) for y in outputs]
-    signal = sum(float(y.square().sum()) for y in reference) or 1.0
+    runs = Runs(task)
+    reference = _flat(runs.reference)
+    power = float(reference.square().sum(1).mean()) or 1.0
 
-    def cells() -> Iterator[tuple[Cell, float]]:
-        for cell, found in outputs_per_cell(task):
-            outputs = [y for batch in found for y in batch]
-            noise = sum(
-                float((y - ref).square().sum()) for y, ref in zip(outputs, reference, strict=True)
-            )
-            yield cell, noise / signal
+    def noise(outputs: Outputs) -> Tensor:
+        return (_flat(outputs) - reference).square().sum(1) / power
 
-    return task.result(
-        task.table(cells(), work_per_cell(task)), "output-error", "relative-squared-error"
-    )
+    found = runs.estimates(task.singles(), noise)
+    return task.result(found, "output-error", "relative-squared-error", runs.tally)
+
+
+def _flat(outputs: Outputs) -> Tensor:
+    """All outputs side by side, fp64 [N, elements]."""
+    return torch.cat([torch.cat([y.double().flatten(1) for y in batch], 1) for batch in outputs])

@@ -18,6 +18,7 @@ from hwmpq.quantize.accumulate import Weight, accumulate
 from hwmpq.quantize.calibrate import calibrate
 from hwmpq.quantize.interpret import evaluate
 from hwmpq.quantize.judge import judge, predict
+from hwmpq.quantize.scores import Batch
 from hwmpq.quantize.simulate import Simulator
 from hwmpq.requantize import Quantizer
 from hwmpq.resolve import resolve
@@ -421,6 +422,11 @@ def test_low_precision_products_are_refused() -> None:
 # -- the judge ------------------------------------------------------------------------------------
 
 
+def label_two(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """A user's metric: labels 2 that are found."""
+    return 100.0 * ((outputs.argmax(1) == 2) & (batch.labels == 2))
+
+
 def test_the_paired_drop() -> None:
     labels = torch.arange(100) % 4
     reference = torch.nn.functional.one_hot(labels, 4).float()
@@ -435,6 +441,8 @@ def test_the_paired_drop() -> None:
     noisy = judge(reference, reference * 1.1, metric="sqnr")
     assert noisy.simulated == pytest.approx(20, abs=1e-3) and noisy.float == 120
     assert judge(reference, simulated).metric == "agreement"
+    own = judge(reference, simulated, labels, f"{__name__}:label_two")
+    assert own.metric == f"{__name__}:label_two" and (own.float, own.simulated) == (25, 24)
     with pytest.raises(UnknownName, match="unknown metric: got 'top2'"):
         judge(reference, simulated, labels, "top2")
     with pytest.raises(InputError, match="metric top1 without labels"):
