@@ -27,6 +27,7 @@ def canonicalize(draft: Draft) -> None:
         merge_rearranges,
         fold_squeeze,
         fold_pads,
+        fold_biases,
         fold_batch_norms,
         fold_scales,
         Draft.drop_dead,
@@ -129,6 +130,25 @@ def fold_pads(draft: Draft) -> None:
         t, le, bo, r = node.attrs["padding"]
         padding = (t + top, le + left, bo + bottom, r + right)
         draft.change(node.name, inputs=source.inputs, attrs={"padding": padding})
+
+
+def fold_biases(draft: Draft) -> None:
+    """A constant per channel added right behind a layer without bias becomes its bias, where
+    neither the sum without it nor the weight has another reader."""
+    for node in _each(draft, "add"):
+        layer = draft.nodes.get(node.inputs[0])
+        if layer is None or layer.op not in _WITH_WEIGHTS or "b" not in node.params:
+            continue
+        weight, value = layer.params["weight"], draft.constants[node.params["b"]]
+        channels = len(draft.constants[weight])
+        wanted = (channels, 1, 1) if layer.op == "conv2d" else (channels,)
+        alone = draft.uses(layer.name) == 1 and len(draft.param_readers(weight)) == 1
+        if "bias" in layer.params or not alone or value.shape not in (wanted, (1, *wanted)):
+            continue
+        name = f"{weight.removesuffix('.weight')}.bias"
+        bias = draft.constant(name, value.reshape(channels))
+        draft.change(layer.name, params={**layer.params, "bias": bias})
+        draft.bypass(node.name, layer.name)
 
 
 def fold_batch_norms(draft: Draft) -> None:

@@ -178,17 +178,25 @@ def avg_pool2d(b: Builder, call: Call) -> Value:
 
 def adaptive_avg_pool2d(b: Builder, call: Call) -> Value:
     x = call["self"]
-    size, out = b.shape(x)[-2:], call.shape[-2:]
-    if len(call.shape) != 4 or size[0] % out[0] or size[1] % out[1]:
-        raise Refusal(f"adaptive_avg_pool2d from {size} to {out}: windows of unequal size")
-    if out == (1, 1):
+    if call.shape[2:] == (1, 1):
         return b.glue(call, "mean", [x], {"axes": (2, 3), "keepdim": True})
-    window = (size[0] // out[0], size[1] // out[1])
-    attrs = {
-        "kernel": window, "stride": window, "padding": (0, 0, 0, 0), "ceil": False,
-        "count_include_pad": True,
-    }  # fmt: skip
+    attrs = {**_adaptive(b, call), "count_include_pad": True}
     return b.glue(call, "avg_pool2d", [x], attrs)
+
+
+def adaptive_max_pool2d(b: Builder, call: Call) -> Value:
+    """The values; its second result, the indices, cannot be taken."""
+    return b.glue(call, "max_pool2d", [call["self"]], _adaptive(b, call))
+
+
+def _adaptive(b: Builder, call: Call) -> dict[str, object]:
+    """Attributes of the windows that part an image evenly."""
+    size, out = b.shape(call["self"])[-2:], call.shape[-2:]
+    if len(call.shape) != 4 or size[0] % out[0] or size[1] % out[1]:
+        name = call.op.split(".")[1]
+        raise Refusal(f"{name} from {size} to {out}: windows of unequal size")
+    window = (size[0] // out[0], size[1] // out[1])
+    return {"kernel": window, "stride": window, "padding": (0, 0, 0, 0), "ceil": False}
 
 
 def mean(b: Builder, call: Call) -> Value:
@@ -261,6 +269,7 @@ CONVERTERS: dict[str, Converter] = {
     "aten.max_pool2d.default": max_pool2d,
     "aten.avg_pool2d.default": avg_pool2d,
     "aten.adaptive_avg_pool2d.default": adaptive_avg_pool2d,
+    "aten.adaptive_max_pool2d.default": adaptive_max_pool2d,
     **dict.fromkeys(["aten.mean.dim", "aten.mean.default"], mean),
     "aten.cat.default": cat,
     "aten.stack.default": stack,

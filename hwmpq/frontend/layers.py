@@ -169,4 +169,19 @@ REASONS = {
         ["aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
          "aten.conv_transpose3d.input"], "transposed convolution",
     ),
+    **dict.fromkeys(
+        [f"aten.upsample_{kind}.vec" for kind in ("linear1d", "bilinear2d", "bicubic2d")]
+        + ["aten._upsample_bilinear2d_aa.vec", "aten._upsample_bicubic2d_aa.vec",
+           "aten.upsample_trilinear3d.vec"],
+        "interpolating resize: only mode 'nearest' by whole factors is supported",
+    ),
+    **dict.fromkeys(
+        ["aten.topk.default", "aten.sort.default", "aten.sort.stable", "aten.max.dim",
+         "aten.min.dim", "aten.argmax.default", "aten.argmin.default", "aten.argsort.default"],
+        "sorting and searching are not supported: end the model at its operand",
+    ),
+    **dict.fromkeys(
+        ["aten.group_norm.default", "aten.instance_norm.default"],
+        "statistics of the input over several axes: only batch_norm and layer_norm are supported",
+    ),
 }  # fmt: skip

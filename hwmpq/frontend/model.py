@@ -1,4 +1,4 @@
-"""A model by the name the user gives it: `zoo:NAME`, `package.module:callable`, `file.pt2`."""
+"""A model by the name the user gives it: `zoo:NAME`, `package.module:callable`, or a file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch.export import ExportedProgram
 from hwmpq import zoo
 from hwmpq.data import Normalization, call_named
 from hwmpq.errors import InputError
+from hwmpq.frontend.onnx_import import load_onnx
 from hwmpq.frontend.pt2 import load_pt2
 from hwmpq.frontend.torch_export import from_exported, trace
 from hwmpq.graph import Graph
 from hwmpq.zoo.weights import load_into
 
-FORMS = ("zoo:NAME", "package.module:callable", "file.pt2")
+FORMS = ("zoo:NAME", "package.module:callable", "file.pt2", "file.onnx")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,8 @@ class LoadedModel:
     """A model and what is known of its input.
 
     example: one float32 tensor per input; normalization: (mean, std) of x/255, or None when
-    unknown; classes: None when unknown.
+    unknown; classes: None when unknown. fixed_batch: the program runs on batches of the example's
+    size only.
     """
 
     program: nn.Module | ExportedProgram
@@ -34,19 +36,39 @@ class LoadedModel:
     name: str
     normalization: Normalization | None = None
     classes: int | None = None
+    fixed_batch: bool = False
 
     @property
     def module(self) -> nn.Module:
-        """The float model as a callable torch module, in eval mode."""
-        if isinstance(self.program, ExportedProgram):
-            return self.program.module()
-        return self.program.eval()
+        """The float model as a callable torch module, in eval mode, for any batch size."""
+        program = self.program
+        module = program.module() if isinstance(program, ExportedProgram) else program.eval()
+        return _InBatches(module, len(self.example[0])) if self.fixed_batch else module
 
     def graph(self) -> Graph:
         """The canonical graph. Raises as `torch_export.trace` does."""
         if isinstance(self.program, ExportedProgram):
             return from_exported(self.program)
         return trace(self.program, self.example)
+
+
+class _InBatches(nn.Module):
+    """Runs a module of one input on batches of `size`; the last batch repeats its last sample."""
+
+    def __init__(self, module: nn.Module, size: int):
+        super().__init__()
+        self.module, self.size = module, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The module's first output for every sample."""
+        found = []
+        for start in range(0, len(x), self.size):
+            part = x[start : start + self.size]
+            missing = self.size - len(part)
+            result = self.module(torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]))
+            result = result if isinstance(result, torch.Tensor) else result[0]
+            found.append(result[: len(part)])
+        return torch.cat(found)
 
 
 def load_model(
@@ -62,7 +84,9 @@ def load_model(
         return _from_zoo(spec, weights, input_shape)
     if spec.endswith(".pt2"):
         return _from_file(spec, weights, input_shape)
-    if spec.endswith((".onnx", ".pt", ".pth", ".ckpt", ".safetensors")):
+    if spec.endswith(".onnx"):
+        return _from_onnx(spec, weights, input_shape)
+    if spec.endswith((".pt", ".pth", ".ckpt", ".safetensors")):
         raise InputError(
             "this kind of model file cannot be read", spec, FORMS,
             "Save the program with torch.export.save, or give its state dict as --weights.",
@@ -94,7 +118,14 @@ def _from_file(spec: str, weights: Path | None, shape: Sequence[int] | None) -> 
     example = (*args, *kwargs.values())
     if shape is not None and tuple(shape) != tuple(example[0].shape):
         raise InputError("input shape", tuple(shape), f"{tuple(example[0].shape)}, as exported")
-    return LoadedModel(program, example, Path(spec).stem)
+    return LoadedModel(program, example, Path(spec).stem, fixed_batch=True)
+
+
+def _from_onnx(spec: str, weights: Path | None, shape: Sequence[int] | None) -> LoadedModel:
+    if weights is not None:
+        raise InputError("weights for a .onnx file", weights, "none: the file holds its own")
+    module, example = load_onnx(Path(spec), shape)
+    return LoadedModel(module, example, Path(spec).stem, fixed_batch=True)
 
 
 def _from_callable(spec: str, weights: Path | None, shape: Sequence[int] | None) -> LoadedModel:

@@ -191,7 +191,8 @@ def _layer_norm(node: Node, args: list[Expr], params: Params, shape: Shape) -> E
 def _batch_affine(node: Node, args: list[Expr], params: Params, shape: Shape) -> Expr:
     from tvm.relax import op
 
-    scale, shift = (op.reshape(params[r], (1, -1, 1, 1)) for r in ("scale", "shift"))
+    per_channel = (1, -1, *[1] * (len(shape) - 2))
+    scale, shift = (op.reshape(params[r], per_channel) for r in ("scale", "shift"))
     return op.add(op.multiply(args[0], scale), shift)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx.traceback import preserve_node_meta
 
 from hwmpq.errors import InputError, UnsupportedModel
 from hwmpq.frontend import glue, layers, views
@@ -53,7 +54,7 @@ def trace(model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Graph:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with _quiet():
+        with _quiet(), preserve_node_meta():  # what nodes of an ONNX model are annotated with
             exported = torch.export.export(model, example, strict=False)
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
@@ -120,7 +121,7 @@ class _Reader:
     def read(self) -> Draft:
         self._read_inputs()
         for node in self.exported.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node.users:  # some results are not asked for
                 self.env[node] = self._read_call(node)
         self._read_outputs()
         if self.refused:
@@ -255,22 +256,31 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
     converter knows taken apart (movedim becomes permute); unchanged where there are none."""
     targets = {node.target for node in exported.graph.nodes if node.op == "call_function"}
     known = CONVERTERS.keys() | layers.REASONS.keys()
-    composite = {
-        target: target.decompose
+    composite = [
+        target
         for target in targets
         if isinstance(target, torch._ops.OpOverload)
         and str(target) not in known
         and target._can_decompose()
-    }
+    ]
     if not composite and not any(_rewrites(target) for target in targets):
         return exported
     functional: ExportedProgram
     with _quiet():
         try:
-            functional = exported.run_decompositions(composite)
-        except RecursionError:  # some decompose into themselves (fft_rfft): they are named later
+            functional = exported.run_decompositions(_decompositions(composite))
+        except RecursionError:  # `decompose` of some is a call of itself: they are named later
             functional = exported.run_decompositions({})
     return functional
+
+
+def _decompositions(composite: Collection[Any]) -> dict[Any, Callable[..., Any]]:
+    """How to take operators apart: as torch's own table does it where that has them, since the
+    `decompose` of some (einsum) would then call itself."""
+    if not composite:
+        return {}
+    table = torch.export.default_decompositions()
+    return {op: table[op] if op in table else op.decompose for op in composite}
 
 
 def _rewrites(target: object) -> bool:
@@ -282,7 +292,9 @@ def _rewrites(target: object) -> bool:
 
 
 def source_line(node: torch.fx.Node) -> str:
-    """file:line of the innermost frame outside torch, or ''."""
+    """The node of an ONNX model, else file:line of the innermost frame outside torch, or ''."""
+    if "onnx" in node.meta.get("custom", {}):
+        return f"node {node.meta['custom']['onnx']}"
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f"{file}:{line}" for file, line in frames if not file.startswith((_TORCH, "<"))]
     return own[-1] if own else ""

@@ -1,4 +1,5 @@
-"""Converters of the operators that only move elements: all become `rearrange` (or disappear)."""
+"""Converters of the operators that only move elements: all become `rearrange` (or disappear), but
+for a roll, which is a `concat` of two slices."""
 
 from __future__ import annotations
 
@@ -140,6 +141,83 @@ def pixel_shuffle(b: Builder, call: Call) -> Value:
     return b.rearrange(call, _tensor(call), steps)
 
 
+def pixel_unshuffle(b: Builder, call: Call) -> Value:
+    r = call["downscale_factor"]
+    n, c, h, w = call.shape
+    steps = [
+        ["reshape", [n, c // r**2, h, r, w, r]],
+        ["permute", [0, 1, 3, 5, 2, 4]],
+        ["reshape", list(call.shape)],
+    ]
+    return b.rearrange(call, _tensor(call), steps)
+
+
+def channel_shuffle(b: Builder, call: Call) -> Value:
+    n, c, *size = call.shape
+    groups = call["groups"]
+    steps = [
+        ["reshape", [n, groups, c // groups, *size]],
+        ["permute", [0, 2, 1, *range(3, 3 + len(size))]],
+        ["reshape", list(call.shape)],
+    ]
+    return b.rearrange(call, _tensor(call), steps)
+
+
+def repeat(b: Builder, call: Call) -> Value:
+    """repeat and tile: every axis gets a repeated one before it, and is joined with it."""
+    x = _tensor(call)
+    shape = b.shape(x)
+    counts = list(call.get("repeats", call.get("dims")))
+    counts = [1] * (len(call.shape) - len(counts)) + counts
+    padded = [1] * (len(call.shape) - len(shape)) + list(shape)
+    apart = [size for extent in padded for size in (1, extent)]
+    wide = [size for pair in zip(counts, padded, strict=True) for size in pair]
+    steps = [["reshape", apart], ["expand", wide], ["reshape", list(call.shape)]]
+    return b.rearrange(call, x, steps)
+
+
+#: torch rounds the place of a source pixel in fp32: from a factor of 41 on it can be a pixel off.
+_LARGEST_FACTOR = 40
+
+
+def upsample_nearest(b: Builder, call: Call) -> Value:
+    """Every pixel is repeated; also `nearest-exact`, which is the same for whole factors."""
+    x = str(call.get("input", call.get("self")))
+    n, c, h, w = b.shape(x)
+    oh, ow = call.shape[2:]
+    if oh % h or ow % w or max(oh // h, ow // w) > _LARGEST_FACTOR:
+        raise Refusal(
+            f"nearest resize from {h}x{w} to {oh}x{ow}: only by whole factors up to "
+            f"{_LARGEST_FACTOR}"
+        )
+    steps = [
+        ["reshape", [n, c, h, 1, w, 1]],
+        ["expand", [n, c, h, oh // h, w, ow // w]],
+        ["reshape", [n, c, oh, ow]],
+    ]
+    return b.rearrange(call, x, steps)
+
+
+def roll(b: Builder, call: Call) -> Value:
+    """Along each axis: the last `shift` elements, then the others."""
+    x = _tensor(call)
+    shape = call.shape
+    if not call["dims"]:
+        raise Refusal("roll of the flattened tensor: name the axes")
+    for shift, dim in zip(call["shifts"], call["dims"], strict=True):
+        axis = dim % len(shape)
+        size = shape[axis]
+        cut = size - shift % size
+        if cut == size:
+            continue
+        parts = [
+            b.rearrange(call, x, [["slice", axis, start, stop, 1]], f"{call.name}_part")
+            for start, stop in ((cut, size), (0, cut))
+        ]
+        x = b.glue(call, "concat", parts, {"axis": axis})
+    return x
+
+
 CONVERTERS: dict[str, Converter] = {
     **dict.fromkeys(
         ["aten.contiguous.default", "aten.clone.default", "aten.detach.default",
@@ -172,4 +250,15 @@ CONVERTERS: dict[str, Converter] = {
     ),
     "getitem": getitem,
     "aten.pixel_shuffle.default": pixel_shuffle,
+    "aten.pixel_unshuffle.default": pixel_unshuffle,
+    **dict.fromkeys(
+        ["aten.channel_shuffle.default", "aten.native_channel_shuffle.default"], channel_shuffle
+    ),
+    **dict.fromkeys(["aten.repeat.default", "aten.tile.default"], repeat),
+    **dict.fromkeys(
+        ["aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default",
+         "aten._upsample_nearest_exact2d.vec", "aten._upsample_nearest_exact2d.default"],
+        upsample_nearest,
+    ),
+    "aten.roll.default": roll,
 }  # fmt: skip
