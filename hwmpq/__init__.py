@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 _EXPORTS = {
-    "quantize": "hwmpq.pipeline",
+    "quantize": "hwmpq.api",
     "Result": "hwmpq.pipeline",
     "load": "hwmpq.artifact",
     "trace": "hwmpq.frontend.torch_export",

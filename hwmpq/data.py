@@ -263,11 +263,11 @@ def _image(file: Path, channels: int, height: int, width: int) -> NDArray[np.uin
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def call_named(spec: str) -> object:
-    """Import `package.module:callable` and call it. Raises InputError where there is none."""
+def named_object(spec: str) -> object:
+    """Import what `package.module:name` names. Raises InputError where there is none."""
     module, _, name = spec.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        found: object = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(
             f"cannot find {spec}",
@@ -275,6 +275,12 @@ def call_named(spec: str) -> object:
             "package.module:callable",
             "Its folder must be on Python's path (PYTHONPATH).",
         ) from error
+    return found
+
+
+def call_named(spec: str) -> object:
+    """Import `package.module:callable` and call it. Raises InputError where there is none."""
+    function = named_object(spec)
     if not callable(function):
         raise InputError(spec, type(function).__name__, "a callable without arguments")
     result: object = function()

@@ -3,9 +3,13 @@
     version = 1
 
     [devices.bench-box]
-    target = "x86-avx512-vnni"      # optional: what to compile for when nobody says
-    cores = [2, 3]                  # pin the work to these; left out: wherever the system puts it
+    transport = "ssh"               # local (default), ssh, adb; exec: the prefix leads there
+    address = "me@bench-box"        # for ssh; for adb the serial number, if there are several
+    target = "x86-avx512-vnni"      # what to compile for when nobody says
+    python = "/opt/tvm/bin/python"  # there, with numpy, apache-tvm and apache-tvm-ffi; python3
+    cores = [2, 3]                  # pin the work to these (taskset); else wherever it is put
     prefix = ["numactl", "-m", "0"] # put before the worker's command line
+    lock = "/tmp/bench.lock"        # a file there, held while timing; else one that all hwmpq share
 
 The file is searched in HWMPQ_DEVICES, else in the user's configuration folder. The device `local`,
 this machine, always exists; the file may describe it more closely.
@@ -15,7 +19,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,25 +33,64 @@ import platformdirs
 from hwmpq.errors import InputError, UnknownName
 
 VERSION = 1
+#: Never ask for a password, give up on a silent host.
+_SSH = (
+    "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Device:
     """How one machine is reached.
 
-    transport: 'local' starts the worker here. prefix: words put before the worker's command line.
-    cores: logical CPUs to pin to, none = not pinned. lock: the file that whoever uses the device
-    holds, so that two runs never time at once. target: default target, '' = the machine's native.
+    transport: 'local' starts the worker here, 'ssh' and 'adb' through these programs, 'exec' by the
+    prefix, which leads to another environment (an emulator, a container). prefix: words put before
+    the worker's command line. cores: logical CPUs to pin to, none = not pinned. lock: a file on the
+    device that whoever uses it holds, '' = the one that all hwmpq share. python: the interpreter
+    there, '' = ours, or python3 elsewhere. target: default target, '' = the machine's native.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     name: str
-    lock: Path
-    transport: Literal["local"] = "local"
+    transport: Literal["local", "ssh", "adb", "exec"] = "local"
+    address: str = ""
     prefix: tuple[str, ...] = ()
     cores: tuple[int, ...] = ()
+    lock: str = ""
+    python: str = ""
     target: str = ""
+
+    def __post_init__(self) -> None:
+        if self.address and not re.fullmatch(r"[\w.:@%][\w.:@%-]*", self.address):
+            raise ValueError("address: not the name of a machine")
+        if bool(self.address) != (self.transport == "ssh") and self.transport != "adb":
+            raise ValueError("address: for ssh needed, for adb possible, else not taken")
+        if self.transport == "exec" and not self.prefix:
+            raise ValueError("prefix: needed for exec")
+
+    @property
+    def remote(self) -> bool:
+        """Is it another machine or environment, which sees neither our files nor our hwmpq?"""
+        return self.transport != "local"
+
+    @property
+    def start(self) -> tuple[str, ...]:
+        """Words before the interpreter, on the device."""
+        lock = ("env", f"HWMPQ_TIMING_LOCK={self.lock}") if self.lock else ()
+        pin = ("taskset", "-c", ",".join(map(str, self.cores))) if self.cores else ()
+        return (*lock, *pin, *self.prefix)
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """The command line, here, that runs Python with these arguments on the device."""
+        python = self.python or ("python3" if self.remote else sys.executable)
+        there = [*self.start, python, *arguments]
+        if self.transport == "ssh":  # ssh and adb hand one line to a shell
+            return [*_SSH, self.address, shlex.join(there)]
+        if self.transport == "adb":
+            choice = ("-s", self.address) if self.address else ()
+            return ["adb", *choice, "shell", "-T", shlex.join(there)]
+        return there
 
 
 def load(name: str = "local") -> Device:
@@ -61,12 +108,10 @@ def load_all() -> dict[str, Device]:
     """Every known device by name. Raises: InputError naming the file and every broken rule."""
     from pydantic import TypeAdapter, ValidationError
 
-    entries = {"local": {}, **_entries(path())}
-    locks = platformdirs.user_state_path("hwmpq") / "locks"
     devices: dict[str, Device] = {}
-    for name, entry in entries.items():
+    for name, entry in {"local": {}, **_entries(path())}.items():
         try:
-            text = json.dumps({"lock": locks / f"{name}.lock", **entry, "name": name}, default=str)
+            text = json.dumps({**entry, "name": name}, default=str)
             devices[name] = TypeAdapter(Device).validate_json(text)
         except ValidationError as error:
             broken = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

@@ -32,13 +32,14 @@ Glue operators (carried; they run in the encodings the storage rule gives their 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmpq.errors import UnknownName
 from hwmpq.types import Layer, Network, Workload
 
 LAYER_NODE_OPS = ("conv2d", "linear", "matmul")
@@ -97,6 +98,30 @@ class Graph:
     @property
     def layers(self) -> tuple[Node, ...]:
         return tuple(item for item in self.nodes if item.is_layer)
+
+
+def cut(graph: Graph, outputs: Sequence[str]) -> Graph:
+    """The part of the graph that the named nodes need, with them as its outputs.
+
+    Raises UnknownName.
+    """
+    known = [node.name for node in graph.nodes]
+    needed = set(outputs)
+    for name in outputs:
+        if name not in known:
+            raise UnknownName("node of the model", name, known)
+    for node in reversed(graph.nodes):
+        if node.name in needed:
+            needed |= set(node.inputs)
+    nodes = tuple(node for node in graph.nodes if node.name in needed)
+    constants = {name for node in nodes for name in node.params.values()}
+    return Graph(
+        inputs=tuple(name for name in graph.inputs if name in needed),
+        outputs=tuple(dict.fromkeys(outputs)),
+        nodes=nodes,
+        tensors={name: shape for name, shape in graph.tensors.items() if name in needed},
+        constants={name: graph.constants[name] for name in graph.constants if name in constants},
+    )
 
 
 def workload_of(node: Node, graph: Graph) -> Workload:

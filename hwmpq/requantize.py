@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmpq.formats import reciprocal
 from hwmpq.storage import is_integer
 
 F32 = NDArray[np.float32]
@@ -36,11 +37,6 @@ class Quantizer:
 
     scale: float = 1.0
     zero: int = 0
-
-
-def reciprocal(scale: Any) -> Any:
-    """fp32 reciprocal, the only way in which anything is divided by a scale."""
-    return np.float32(1.0) / np.asarray(scale, np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,8 @@ _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
+#: Narrow floats that numpy has no type for, with ml_dtypes' names.
+_NARROW = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _NAMES = {np.dtype(v): k for k, v in _DTYPES.items()}
 _HEADER_LIMIT = 100 * 2**20
 
@@ -59,7 +61,10 @@ def save(
 
 
 def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Tensors and metadata. Raises InputError for another or a damaged kind of file."""
+    """Tensors and metadata; bf16 and fp8 need ml_dtypes, which an artifact does not.
+
+    Raises InputError for another or a damaged kind of file.
+    """
     try:
         raw = path.read_bytes()
         (size,) = struct.unpack_from("<Q", raw)
@@ -71,15 +76,25 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         tensors = {}
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            dtype, shape = _dtype(entry["dtype"]), tuple(entry["shape"])
             if not 0 <= begin <= end <= len(body) or end - begin != _nbytes(shape, dtype):
                 raise ValueError(f"offsets of {name!r} do not fit")
             tensors[name] = np.frombuffer(body[begin:end], dtype).reshape(shape)
     except (
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error
+        OSError, ImportError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+        struct.error,
     ) as error:  # fmt: skip
         raise InputError(f"not a readable safetensors file: {path}", repr(error)) from error
     return tensors, metadata
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name not in _NARROW:
+        return np.dtype(_DTYPES[name])
+    import ml_dtypes
+
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _NARROW[name]))
+    return dtype
 
 
 def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:

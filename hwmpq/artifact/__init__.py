@@ -8,9 +8,9 @@
 
 manifest.json, version 1: version, kind "hwmpq-artifact", versions {hwmpq, tvm, tvm-ffi}, target
 {name, tvm, features, cpu_flags}, threads, inputs and outputs [{name, shape, dtype, layout,
-normalization}], assignment {layer: format}, kernels {layer: {kernel, execution}}, calls (tensor
-written by each kernel call, in order), parameters (names in order), latency_s, accuracy, nbytes,
-files {name: sha256}.
+normalization}], assignment {layer: format}, kernels {layer: {kernel, execution, and schedule where
+timing chose another than the default}}, calls (tensor written by each kernel call, in order),
+parameters (names in order), latency_s, accuracy, nbytes, files {name: sha256}.
 
 Hashes find damage, not malice: loading an artifact runs its author's native code.
 """

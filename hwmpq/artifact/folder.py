@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -71,21 +73,42 @@ def is_ours(folder: Path) -> bool:
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Rename `new` to `place`; what was there is moved away first, deleted last, and moved back
-    where that fails."""
-    old = None
-    if place.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
-        os.replace(place, old / "it")
+    """Rename `new` to `place`; what was there is deleted last.
+
+    Where the system can exchange two names there is no moment without the one folder or the other.
+    Elsewhere the old one is moved away first, and back where the second rename fails.
+    """
+    if not place.exists():
+        os.replace(new, place)
+        return
+    if _exchange(new, place):
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
+    os.replace(place, old / "it")
     try:
         os.replace(new, place)
     except OSError:
-        if old:
-            os.replace(old / "it", place)
-            old.rmdir()
+        os.replace(old / "it", place)
+        old.rmdir()
         raise
-    if old:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where C library or file system cannot.
+
+    Raises OSError. Source: renameat2(2); AT_FDCWD is -100, RENAME_EXCHANGE is 2.
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq import tensors, toolchain
+from hwmpq import tensors, tile_permission, toolchain
+from hwmpq.artifact import pool
 from hwmpq.artifact.folder import read_manifest
 from hwmpq.errors import InputError
 
@@ -22,12 +23,13 @@ KERNEL_PREFIX = "hwmpq_"
 def load(path: str | Path) -> Artifact:
     """Check an artifact and load it.
 
-    Raises InputError when files were changed, the version is unknown, or this CPU lacks a feature:
-    always before any native code of it is loaded.
+    Raises InputError when files were changed, the version is unknown, this CPU lacks a feature, or
+    Linux refuses one: always before any native code of it is loaded.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     _check_cpu(manifest["target"])
+    tile_permission.ask(manifest["target"]["cpu_flags"])
     toolchain.check()
     return Artifact(folder, manifest)
 
@@ -68,10 +70,12 @@ class Artifact:
         self._parameters = [tvm.runtime.tensor(arrays[n]) for n in manifest["parameters"]]
         self._tensor = tvm.runtime.tensor
         self._lock = threading.Lock()
+        self._threads = int(manifest.get("threads", 1))
 
     def __call__(self, *inputs: Array) -> Array | list[Array]:
         """Run once. Raises InputError for a wrong number, shape or dtype of inputs."""
         checked = self._checked(inputs)
+        pool.use(self._threads)
         with self._lock:
             result = self._vm["main"](*checked, *self._parameters)
         outputs = [result] if hasattr(result, "numpy") else list(result)
@@ -104,11 +108,12 @@ class Artifact:
         return np.concatenate(rows)
 
     def bench_callable(self, *inputs: Array) -> Callable[[], object]:
-        """A function that runs once on prepared inputs (seeded noise by default)."""
+        """A function that runs once, in this thread, on prepared inputs (default: seeded noise)."""
         if not inputs:
             rng = np.random.default_rng(0)
             shapes = [entry["shape"] for entry in self.manifest["inputs"]]
             inputs = tuple(rng.standard_normal(s).astype(np.float32) for s in shapes)
+        pool.use(self._threads)
         self._vm.set_input("main", *self._checked(inputs), *self._parameters)
         invoke = self._vm.invoke_stateful
         return lambda: invoke("main")
@@ -125,6 +130,7 @@ class Artifact:
         checked = self._checked(inputs)
         machine = self._machine()  # an instrument cannot be taken off again
         machine.set_instrument(after)
+        pool.use(self._threads)
         with self._lock:
             machine["main"](*checked, *self._parameters)
         return list(zip(self.manifest["calls"], seen, strict=True))

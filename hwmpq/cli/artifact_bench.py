@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,8 +14,9 @@ from hwmpq.cli.output import VERSION, Answer
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.report import words
 
-#: Names of programs that `bench --against` may time beside an artifact.
-AGAINST = ("torch", "onnxruntime", "openvino")
+if TYPE_CHECKING:
+    from hwmpq.measure import Cell, CellTiming, Protocol
+
 #: The longest silence of the child, which loads TVM and the artifact first.
 _DEADLINE_S = 240.0
 
@@ -23,24 +25,20 @@ def bench_artifact(
     artifact: str, rounds: int = 24, threads: int | None = None, seed: int = 0,
     against: tuple[str, str] | None = None,
 ) -> Answer:  # fmt: skip
-    """Time whole runs in a child process, as `quantize` does."""
-    if against is not None:
-        _check_against(against[0])
+    """Time whole runs in a child process, as `quantize` does; a rival in the same rounds."""
     runtime_only()
     from hwmpq.artifact import read_manifest
-    from hwmpq.measure import Cell, CellTiming, Protocol, WorkerProcess
+    from hwmpq.measure import Cell, Protocol
 
     manifest = read_manifest(Path(artifact))
     count = threads or int(manifest.get("threads", 1))
-    cell = Cell("artifact", "artifact", path=str(Path(artifact).resolve()))
-    protocol = Protocol(rounds=rounds, threads=count, seed=seed)
-    with WorkerProcess(threads=count) as worker:
-        # time_block would compile a kernel first, for which TVM's runtime alone is not enough
-        request = {"cells": [cell.to_json()], **protocol.to_json()}
-        reply = worker.call("time", request, _DEADLINE_S)
-    timing = CellTiming.from_json(reply["cells"][0])
-    if timing.error:
-        raise InputError("the artifact could not be timed", timing.error)
+    own = Cell("artifact", "artifact", path=str(Path(artifact).resolve()))
+    with tempfile.TemporaryDirectory(prefix="hwmpq-") as folder:
+        cells = [own]
+        if against is not None:
+            cells.append(_rival(*against, manifest, count, Path(folder)))
+        protocol = Protocol(rounds=rounds, threads=count, seed=seed, settle=against is not None)
+        timing, *others = _timed(cells, protocol)
     found = timing_json(timing.samples_s)
     told: dict[str, Any] = {
         "version": VERSION, "artifact": str(artifact), "latency_s": found, "threads": count,
@@ -54,12 +52,60 @@ def bench_artifact(
     if timing.quality.get("noisy"):
         lines.append("The machine was busy: these times are disturbed.")
     if against is not None:
-        other = _torch_seconds(against[1], manifest, rounds, count)
-        ratio = other["median"] / found["median"]
-        told["against"] = {"name": "torch", "model": against[1], "latency_s": other,
-                           "ratio": ratio}  # fmt: skip
-        lines.append(f"torch eager: {words.seconds(other['median'])}, {ratio:.2f} times as long")
+        told["against"] = _compared(*against, others[0], timing)
+        lines.append(
+            f"{against[0]} fp32: {words.seconds(told['against']['latency_s']['median'])}, "
+            f"{told['against']['ratio']:.2f} times as long"
+        )
     return Answer(told, "\n".join(lines))
+
+
+def _rival(
+    runtime: str, model: str, manifest: Mapping[str, Any], threads: int, folder: Path
+) -> Cell:
+    """The user's float model in another runtime, with the artifact's input shape."""
+    from hwmpq.frontend.model import load_model
+    from hwmpq.measure import Cell
+    from hwmpq.peers import NAMES, need
+    from hwmpq.peers.rival import Rival, write_files
+
+    if runtime not in NAMES:
+        raise UnknownName("program for --against", runtime, NAMES)
+    need(runtime)
+    shape = tuple(manifest["inputs"][0]["shape"])
+    files = {}
+    if runtime != "torch":
+        files = write_files(load_model(model, input_shape=shape).graph(), folder)
+    function, settings = Rival(model, None, shape, files).program(runtime, threads=threads)
+    return Cell(runtime, "program", function=function, settings=settings)
+
+
+def _timed(cells: Sequence[Cell], protocol: Protocol) -> list[CellTiming]:
+    """Raises InputError when one of them cannot be timed."""
+    from hwmpq.measure import CellTiming, WorkerProcess
+
+    with WorkerProcess(threads=protocol.threads) as worker:
+        # time_block would compile a kernel first, for which TVM's runtime alone is not enough
+        request = {"cells": [cell.to_json() for cell in cells], **protocol.to_json()}
+        reply = worker.call("time", request, _DEADLINE_S)
+    timings = [CellTiming.from_json(item) for item in reply["cells"]]
+    for timing in timings:
+        if timing.error:
+            what = "the artifact" if timing.key == "artifact" else timing.key
+            raise InputError(f"{what} could not be timed", timing.error)
+    return timings
+
+
+def _compared(runtime: str, model: str, other: CellTiming, own: CellTiming) -> dict[str, Any]:
+    """ratio: how many times as long as the artifact the other takes, from paired rounds."""
+    from hwmpq.measure import compare, pairs
+
+    found = compare(*pairs(other, own))
+    return {
+        "name": runtime, "model": model, "latency_s": timing_json(other.samples_s),
+        "ratio": found.ratio, "interval": list(found.interval), "verdict": found.verdict,
+        "description": other.quality["description"],
+    }  # fmt: skip
 
 
 def timing_json(samples_s: Sequence[float]) -> dict[str, Any]:
@@ -71,40 +117,3 @@ def timing_json(samples_s: Sequence[float]) -> dict[str, Any]:
         "min": min(samples_s), "p90": float(np.quantile(samples_s, 0.9)),
         "samples": len(samples_s),
     }  # fmt: skip
-
-
-def _check_against(name: str) -> None:
-    if name not in AGAINST:
-        raise UnknownName("program for --against", name, AGAINST)
-    if name != "torch":
-        raise InputError(
-            f"--against {name} is not supported in this version", name, "torch",
-            "Time it with its own tool, or compare with --against torch MODEL.",
-        )  # fmt: skip
-
-
-def _torch_seconds(
-    spec: str, manifest: Mapping[str, Any], rounds: int, threads: int
-) -> dict[str, Any]:
-    """Time torch eager fp32 on this machine under the same lock and pinning."""
-    import torch
-
-    from hwmpq.frontend.model import load_model
-    from hwmpq.measure.gates import machine_lock, pinned
-    from hwmpq.measure.timing import Calls
-
-    entries = manifest["inputs"]
-    model = load_model(spec, input_shape=entries[0]["shape"]).module
-    rng = np.random.default_rng(0)
-    noise = [rng.standard_normal(e["shape"]).astype(np.float32) for e in entries]
-    inputs = [torch.from_numpy(array) for array in noise]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with machine_lock(), pinned(threads == 1), torch.inference_mode():
-            calls = Calls(lambda: model(*inputs))
-            calls.run(3)
-            count = max(1, round(0.008 / max(calls.run(3) / 3, 1e-9)))
-            return timing_json([calls.run(count) / count for _ in range(rounds)])
-    finally:
-        torch.set_num_threads(before)

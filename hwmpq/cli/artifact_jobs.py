@@ -125,10 +125,8 @@ def runtime_only() -> None:
 
 def _load(artifact: str) -> Any:
     runtime_only()
-    from hwmpq.artifact import load, read_manifest
+    from hwmpq.artifact import load
 
-    threads = int(read_manifest(Path(artifact), check=False).get("threads", 1))
-    os.environ.setdefault("TVM_NUM_THREADS", str(threads))
     try:
         return load(artifact)
     except ImportError as error:

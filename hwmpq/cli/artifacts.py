@@ -27,6 +27,10 @@ def inspect(
     what: Annotated[
         str, typer.Argument(metavar="MODEL|ARTIFACT", help="As for quantize, or a folder.")
     ],
+    outputs: Annotated[
+        str | None,
+        typer.Option("--outputs", metavar="NODE,..", help="Cut the model at these nodes."),
+    ] = None,
     **given: Any,
 ) -> Answer:
     """Layers, sizes, MACs and the formats each may take, with the reasons against the others.
@@ -42,7 +46,7 @@ def inspect(
     from hwmpq.cli import tables
     from hwmpq.side_jobs import inspect_model
 
-    found = inspect_model(shared.options(model=what, **given))
+    found = inspect_model(shared.options(model=what, **given), shared.words(outputs))
     return Answer(found, lambda console: tables.inspected(console, found))
 
 
@@ -78,7 +82,11 @@ def bench(
     ] = None,
     against: Annotated[
         tuple[str, str] | None,
-        typer.Option("--against", metavar="torch MODEL", help="Also time this; only torch so far."),
+        typer.Option(
+            "--against",
+            metavar="torch|onnxruntime|openvino MODEL",
+            help="Also time this float model in another runtime, in the same rounds.",
+        ),
     ] = None,
     seed: int = 0,
 ) -> Answer:

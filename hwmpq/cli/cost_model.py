@@ -21,16 +21,11 @@ Folder = Annotated[
     typer.Option("--folder", metavar="DIR", help="Of the cost model; cost_models/<target>."),
 ]
 
+Ablate = Annotated[bool, typer.Option("--ablate", help="Also judge without parts of the features.")]
+
 
 def train(
-    target: Annotated[str, typer.Option("--target", metavar="NAME")] = "native",
-    store: Annotated[str | None, typer.Option("--store", metavar="URL")] = None,
-    folder: Folder = None,
-    fingerprint: Machine = "",
-    ablate: Annotated[
-        bool, typer.Option("--ablate", help="Also judge without parts of the features.")
-    ] = False,
-    seed: int = 0,
+    folder: Folder = None, fingerprint: Machine = "", ablate: Ablate = False, **given: Any
 ) -> Answer:
     """Train on the measured rows of the store, judge on held-out shapes, and write the folder.
 
@@ -40,9 +35,9 @@ def train(
     from hwmpq.measure.store import Store
     from hwmpq.predict.train import train as fit
 
-    found = targets.load(target)
-    with Store.open(store) as opened:
-        predictor, report = fit(opened, found, folder, seed, fingerprint, ablate=ablate)
+    found = targets.load(given["target"])
+    with Store.open(given["store"]) as opened:
+        predictor, report = fit(opened, found, folder, given["seed"], fingerprint, ablate=ablate)
     place = folder or targets.data_folder("cost_models") / found.name
     told = {
         "version": VERSION, "target": found.name, "folder": str(place),
@@ -51,15 +46,7 @@ def train(
     return Answer(told, f"{report}written: {place}")
 
 
-def evaluate(
-    target: Annotated[str, typer.Option("--target", metavar="NAME")] = "native",
-    store: Annotated[str | None, typer.Option("--store", metavar="URL")] = None,
-    fingerprint: Machine = "",
-    ablate: Annotated[
-        bool, typer.Option("--ablate", help="Also judge without parts of the features.")
-    ] = False,
-    seed: int = 0,
-) -> Answer:
+def evaluate(fingerprint: Machine = "", ablate: Ablate = False, **given: Any) -> Answer:
     """How well would it predict shapes, networks and formats it has not seen? Writes nothing.
 
     Example: hwmpq cost-model eval --target x86-avx2
@@ -70,10 +57,10 @@ def evaluate(
     from hwmpq.predict import evaluate as judge
     from hwmpq.predict.train import select
 
-    found = targets.load(target)
-    with Store.open(store) as opened:
+    found = targets.load(given["target"])
+    with Store.open(given["store"]) as opened:
         chosen = select(opened.rows(found.name, "measured"), found, fingerprint)
-    result = judge(chosen.rows, found, seed, ablate=ablate)
+    result = judge(chosen.rows, found, given["seed"], ablate=ablate)
     left_out = dict(chosen.left_out)
     told = {"version": VERSION, "target": found.name, **result, "left_out": left_out}
     return Answer(told, as_text(result))
@@ -134,6 +121,6 @@ def predict(
     return Answer(told, show)
 
 
-command(group)(train)
-command(group, name="eval")(evaluate)
+command(group, "target", "store")(train)
+command(group, "target", "store", name="eval")(evaluate)
 command(group, *shared.MODEL, "target", "threads", "formats")(predict)

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
     command(app, *(n for n in shared.JOB if n != "max_drop"), panel=_PANEL)(frontier)
     names = tuple(name for name in shared.JOB if name != "sensitivity")
     command(app, *(n for n in names if n not in shared.GOAL), panel=_PANEL)(sensitivity)
-    profiled = (*shared.MODEL, *shared.TARGET, "formats", "pins", *shared.WORK)
+    profiled = (*shared.MODEL, *shared.TARGET, "formats", "pins", "tune", *shared.WORK)
     command(app, *profiled, panel=_PANEL)(profile)
     command(app, *shared.JOB, panel=_PANEL)(search)
     compiled = (*shared.MODEL, *shared.TARGET, *shared.DATA, "store", "out")
@@ -88,14 +88,44 @@ def sensitivity(
     return Answer(found, lambda console: tables.grid(console, found, "loss"))
 
 
-def profile(**given: Any) -> Answer:
+def profile(
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            "--bundle",
+            metavar="FILE.tar",
+            help="Time nothing: pack all cells for a machine out of reach. There, unpack it, run "
+            "`python runner.py` and bring result.json to `hwmpq store import`.",
+        ),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            metavar="TABLE.csv",
+            help="Time nothing: take in times with the columns workload ('conv2d n=1 h=16 ... "
+            "bias+relu'), format, latency_s and, if not 1, threads.",
+        ),
+    ] = None,
+    **given: Any,
+) -> Answer:
     """Measure every layer in every format on the device; each time is saved at once.
+
+    With --tune also several schedules of each; plans and artifacts then use the fastest.
 
     Example: hwmpq profile zoo:digits_cnn --target native --formats fp32,w8a8 --max-time 10m
     """
     from hwmpq.cli import tables
-    from hwmpq.side_jobs import profile_model
+    from hwmpq.side_jobs import bundle_model, import_times, profile_model
 
+    if bundle and table:
+        raise InputError("--bundle and --import", "both", "one of them")
+    if bundle or table:
+        job = shared.options(**given)
+        done = bundle_model(job, bundle, reporter()) if bundle else {}
+        if table:
+            done = import_times(job, table, reporter())
+        return Answer(done, lambda console: tables.pairs(console, done))
     found = profile_model(shared.options(**given), reporter())
     return Answer(found, lambda console: tables.grid(console, found, "latency_s"))
 
@@ -113,7 +143,7 @@ def search(
     from hwmpq.cli import tables
     from hwmpq.side_jobs import search_model
 
-    found = search_model(shared.options(**given), reporter())
+    found = search_model(shared.options(**given), reporter(), explain)
     error = found.get("error") or {}
     note = f"error: {error['what']}: {error['got']}" if error else ""
     exit_code = _SEARCHED.get(str(found.get("status")), 0)

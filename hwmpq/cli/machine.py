@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hwmpq.cli.command import command
 from hwmpq.cli.output import VERSION, Answer
 from hwmpq.errors import HwmpqError
+
+if TYPE_CHECKING:
+    from hwmpq.devices import Device
 
 _PANEL = "This machine"
 
@@ -61,10 +64,12 @@ def targets() -> Answer:
 
 
 def devices() -> Answer:
-    """This machine, and the devices described in devices.toml.
+    """This machine, and the devices described in devices.toml: who can be reached, who is busy.
 
     Example: hwmpq devices
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from hwmpq import devices as known
     from hwmpq import targets as all_targets
     from hwmpq.measure import fingerprint
@@ -73,13 +78,16 @@ def devices() -> Answer:
     here = {
         **hardware(), "fingerprint": fingerprint(), "features": sorted(all_targets.host_features())
     }  # fmt: skip
-    found = known.load_all()
+    found = list(known.load_all().values())
+    with ThreadPoolExecutor(8) as pool:
+        states = list(pool.map(_state, found))
     rows: list[dict[str, Any]] = [
         {
-            "name": d.name, "transport": d.transport, "target": d.target or "native",
-            "cores": list(d.cores), "prefix": list(d.prefix),
+            "name": d.name, "transport": d.transport, "address": d.address,
+            "target": d.target or "native", "cores": list(d.cores), "prefix": list(d.prefix),
+            **state,
         }
-        for d in found.values()
+        for d, state in zip(found, states, strict=True)
     ]  # fmt: skip
 
     def show(console: Any) -> None:
@@ -89,14 +97,34 @@ def devices() -> Answer:
         console.print(f"  fingerprint {here['fingerprint']}", markup=False)
         console.print(f"  features {' '.join(here['features'])}", markup=False)
         cells = [
-            [r["name"], r["transport"], r["target"], " ".join(map(str, r["cores"])) or "any"]
+            [
+                r["name"], f"{r['transport']} {r['address']}", r["target"],
+                " ".join(map(str, r["cores"])) or "any", r["state"],
+            ]
             for r in rows
-        ]
-        console.print(table(["device", "reached by", "target", "cores"], cells))
+        ]  # fmt: skip
+        console.print(table(["device", "reached by", "target", "cores", "state"], cells))
         console.print(f"described in {known.path()}", markup=False)
 
     told = {"version": VERSION, "here": here, "devices": rows, "file": str(known.path())}
     return Answer(told, show)
+
+
+def _state(device: Device) -> dict[str, Any]:
+    """free, busy (somebody times there), or why it cannot be reached; and who it is."""
+    from hwmpq.measure.onsite import describe
+    from hwmpq.measure.remote import RemoteWorker
+
+    try:
+        if device.remote:
+            with RemoteWorker(device) as worker:
+                found = worker.describe()
+        else:
+            found = describe({})
+    except HwmpqError as error:
+        return {"state": f"not reached: {error}", "fingerprint": None}
+    state = "busy" if found["busy"] else "free"
+    return {"state": state, "fingerprint": found["fingerprint"]}
 
 
 def doctor(

@@ -28,7 +28,7 @@ TABLE: dict[str, tuple[Any, Any]] = {
         Annotated[
             str,
             typer.Argument(
-                help="zoo:NAME, package.module:callable (runs its code), or file.pt2",
+                help="zoo:NAME, package.module:callable (runs its code), file.pt2 or file.onnx",
                 metavar="MODEL",
             ),
         ],
@@ -70,6 +70,14 @@ TABLE: dict[str, tuple[Any, Any]] = {
         ),
         None,
     ),
+    "loss": (
+        _option(
+            str | None, "--loss", _DATA,
+            "What sensitivities measure: cross-entropy (kl without labels), kl, "
+            "package.module:callable.", "NAME",
+        ),
+        None,
+    ),
     "latency": (
         _option(
             str | None, "--latency", _GOAL,
@@ -108,9 +116,13 @@ TABLE: dict[str, tuple[Any, Any]] = {
         ),
         None,
     ),
-    "method": (_option(str, "--method", _SEARCH, "auto or hawq.", "NAME"), "auto"),
+    "method": (_option(str, "--method", _SEARCH, "auto, hawq, lcpaq, clado.", "NAME"), "auto"),
     "search": (
-        _option(str, "--search", _SEARCH, "ilp, greedy, random, exhaustive.", "NAME"), "ilp"
+        _option(
+            str | None, "--search", _SEARCH,
+            "ilp, iqp, greedy, random, exhaustive; the method's own.", "NAME",
+        ),
+        None,
     ),
     "sensitivity": (
         _option(
@@ -133,12 +145,20 @@ TABLE: dict[str, tuple[Any, Any]] = {
         _option(str | None, "--max-time", _WORK, "Stop measuring after 90s, 10m or 2h.", "TIME"),
         None,
     ),
+    "tune": (
+        _option(
+            int, "--tune", _WORK,
+            "Time the N best schedules of every kernel by estimate; the fastest is used from then "
+            "on. 0: none.", "N",
+        ),
+        0,
+    ),
     "dry_run": (_option(bool, "--dry-run", _WORK, "Plan only: compile and write nothing."), False),
 }  # fmt: skip
 
 MODEL = ("model", "weights", "input_shape")
 TARGET = ("target", "device", "threads")
-DATA = ("data", "calib_data", "calib", "eval", "metric")
+DATA = ("data", "calib_data", "calib", "eval", "metric", "loss")
 GOAL = ("latency", "max_size", "max_drop")
 CHOICE = ("formats", "pins", "ties", "method", "search", "sensitivity")
 WORK = ("store", "fresh", "max_time")

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 def solve(
     problem: Annotated[Path, typer.Argument(metavar="PROBLEM.json", help="See the README.")],
     search: Annotated[
-        str, typer.Option("--search", metavar="NAME", help="ilp, greedy, random, exhaustive, ...")
+        str, typer.Option("--search", metavar="NAME", help="ilp, iqp, exhaustive, ...")
     ] = "ilp",
     time_limit: Annotated[
         float, typer.Option("--time-limit", metavar="S", help="Seconds; then the best so far.")

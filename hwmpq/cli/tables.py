@@ -148,7 +148,8 @@ def grid(console: Console, found: Mapping[str, Any], key: str) -> None:
         rows = [[layer, *map(show, row)] for layer, row in zip(layers, cells or [], strict=False)]
     if rows:
         console.print(table(["layer", *names], rows))
-    rest = {k: v for k, v in found.items() if k not in (key, "layers", "formats", "version")}
+    hidden = {key, "layers", "formats", "version", "loss_error", "pair_loss", "pair_error"}
+    rest = {k: v for k, v in found.items() if k not in hidden}
     pairs(console, rest)
 
 
@@ -184,6 +185,16 @@ def searched(console: Console, found: Mapping[str, Any], explain: bool) -> None:
             console.print(Text(f"    {fmt:<10} {words.seconds(seconds):<10}{change}".rstrip()))
         for fmt, reason in (row.get("why_not") or {}).items():
             console.print(Text(f"    {fmt:<10} not possible: {reason}"))
+        for step in row.get("steps") or []:
+            console.print(Text(f"    {step['fmt']:<10} {_solved_again(step)}"))
+
+
+def _solved_again(step: Mapping[str, Any]) -> str:
+    """What the best plan would be with a layer in this format."""
+    if step["cost"] is None:
+        return f"all else solved again: {step['status']}"
+    others = f", with {', '.join(step['changed'])} changed" if step["changed"] else ""
+    return f"all else solved again: {step['cost']:+.3g}{others}"
 
 
 def _change(change: Mapping[str, float]) -> str:

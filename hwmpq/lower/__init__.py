@@ -51,14 +51,15 @@ def build(
     target: Target,
     threads: int = 1,
     kernels: Mapping[str, str] | None = None,
+    schedules: Mapping[str, str] | None = None,
 ) -> Built:
     """Compile an annotated Relax module.
 
-    kernels: layer -> kernel name where it is not the default. Raises InputError when a layer has
-    no kernel for its format on the target.
+    kernels: layer -> kernel name, schedules: layer -> text of its schedule, where not the default.
+    Raises InputError when a layer has no kernel for its format on the target.
     """
     # The passes' own functions: errors that went through TVM lose all but their text.
-    module = lowered(assigned(module, assignment, kernels), quantizers, target, threads)
+    module = lowered(assigned(module, assignment, kernels, schedules), quantizers, target, threads)
     module, parameters = lift_parameters(module)
     calls = tuple(json.loads(str(module.attrs["hwmpq.calls"])))
     executable, peak = compile_module(module, target, threads)

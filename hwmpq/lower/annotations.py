@@ -106,7 +106,14 @@ def _node(
     if isinstance(value, relax.Call) and isinstance(value.op, relax.GlobalVar):
         function = module[value.op]
     if function is None or function.attrs is None or "hwmpq.name" not in function.attrs:
-        reads = tuple(variables[v] for v in _variables(value) if v in variables)
+        unknown = [v for v in _variables(value) if v not in variables]
+        if unknown:
+            raise InputError(
+                f"variable {unknown[0].name!r} that {binding.var.name!r} of the Relax module reads",
+                unknown[0].ty,
+                "a tensor; a tuple is written where it is read",
+            )
+        reads = tuple(variables[v] for v in _variables(value))
         return Node(binding.var.name, "opaque", reads), {}
     attrs = {k: str(v) for k, v in function.attrs.items() if str(k).startswith("hwmpq.")}
     params = json.loads(attrs["hwmpq.params"])

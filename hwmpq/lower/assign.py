@@ -12,12 +12,17 @@ from hwmpq.lower.moved import keep_errors
 from hwmpq.storage import plan
 
 
-def assign_formats(assignment: Mapping[str, str], kernels: Mapping[str, str] | None = None) -> Any:
+def assign_formats(
+    assignment: Mapping[str, str],
+    kernels: Mapping[str, str] | None = None,
+    schedules: Mapping[str, str] | None = None,
+) -> Any:
     """TVM module pass.
 
-    assignment: layer -> format; kernels: layer -> kernel name, where not the default one.
-    Pre: every layer of the module is assigned. Post: each layer function carries `hwmpq.format`
-    (and `hwmpq.kernel`), each annotated function `hwmpq.stored`, the encoding of its result.
+    assignment: layer -> format; kernels: layer -> kernel name, and schedules: layer -> text of its
+    schedule, where not the default one. Pre: every layer of the module is assigned. Post: each
+    layer function carries `hwmpq.format` (and `hwmpq.kernel`, `hwmpq.schedule`), each annotated
+    function `hwmpq.stored`, the encoding of its result.
     Raises InputError when assignment and layers differ, or for an unknown format.
     """
     import tvm
@@ -26,13 +31,16 @@ def assign_formats(assignment: Mapping[str, str], kernels: Mapping[str, str] | N
 
     @tvm.transform.module_pass(opt_level=0, name="hwmpq.AssignFormats")  # type: ignore[untyped-decorator,unused-ignore]
     def run(module: Any, _context: Any) -> Any:
-        return assigned(module, assignment, kernels)
+        return assigned(module, assignment, kernels, schedules)
 
     return run
 
 
 def assigned(
-    module: Any, assignment: Mapping[str, str], kernels: Mapping[str, str] | None = None
+    module: Any,
+    assignment: Mapping[str, str],
+    kernels: Mapping[str, str] | None = None,
+    schedules: Mapping[str, str] | None = None,
 ) -> Any:
     """What the pass does."""
     import tvm
@@ -42,9 +50,10 @@ def assigned(
     wrong = sorted(set(names) ^ set(assignment))
     if wrong:
         raise InputError("assignment and layers differ", ", ".join(wrong), names)
-    unknown = sorted(set(kernels or {}) - set(names))
-    if unknown:
-        raise InputError("kernels chosen for unknown layers", ", ".join(unknown), names)
+    for what, chosen in (("kernels", kernels or {}), ("schedules", schedules or {})):
+        unknown = sorted(set(chosen) - set(names))
+        if unknown:
+            raise InputError(f"{what} chosen for unknown layers", ", ".join(unknown), names)
     formats = {name: format_named(fmt) for name, fmt in assignment.items()}
     storage = plan(found.graph, {n: (f.activation.name, f.weight.name) for n, f in formats.items()})
     updates = {}
@@ -57,6 +66,8 @@ def assigned(
             function = function.with_attr("hwmpq.format", assignment[node.name])
             if kernels and node.name in kernels:
                 function = function.with_attr("hwmpq.kernel", kernels[node.name])
+            if schedules and node.name in schedules:
+                function = function.with_attr("hwmpq.schedule", schedules[node.name])
         updates[variable] = function
     result = tvm.IRModule(dict(module.functions), attrs=module.attrs)
     for variable, function in updates.items():

@@ -18,7 +18,7 @@ from hwmpq.artifact.run import KERNEL_PREFIX
 from hwmpq.errors import InputError
 from hwmpq.formats import encoding_named, format_named
 from hwmpq.graph import Node
-from hwmpq.kernels import Call, Kernel, best, glue, kernel_named, why_not
+from hwmpq.kernels import Call, Kernel, Schedule, best, glue, kernel_named, why_not
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.glue import GlueCall
 from hwmpq.lower.annotations import Annotated, read
@@ -131,9 +131,14 @@ class _Rewriter:
         layer = self.resolved.layers[node.name]
         named = self.found.attributes[node.name].get("hwmpq.kernel")
         kernel = chosen_kernel(node, call, self.target, named)
+        if schedule := self.found.attributes[node.name].get("hwmpq.schedule"):
+            kernel = kernel.scheduled(Schedule.parse(schedule), call)
         args = [self.values[ref] for ref in step.reads]
-        codes = None if layer.weight is None else layer.weight.codes
-        packed = kernel.parameters(layer.workload, codes, layer.epilogue)
+        codes = scales = None
+        if layer.weight is not None:
+            codes = layer.weight.codes
+            scales = layer.weight.scale if layer.format.group is not None else None
+        packed = kernel.parameters(layer.workload, codes, layer.epilogue, scales)
         constants = [self._parameter(f"{node.name}.{r}", v) for r, v in packed.items()]
         reads = 1 if layer.weight is not None else 2
         function = self._function(f"{kernel.name}.{kernel.cell(call)}", lambda: kernel.emit(call))

@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from hwmpq.measure.environment import conditions, fingerprint, toolchain
 from hwmpq.measure.process import WorkerCrashed, WorkerFailed, WorkerProcess, WorkerTimeout
-from hwmpq.measure.protocol import Cell, CellTiming, Protocol, pairs, time_block
+from hwmpq.measure.protocol import (
+    Cell,
+    CellTiming,
+    Protocol,
+    cause,
+    is_transient,
+    pairs,
+    time_block,
+)
 from hwmpq.measure.stats import Comparison, compare, median_interval
 
 __all__ = [
@@ -23,9 +31,11 @@ __all__ = [
     "WorkerFailed",
     "WorkerProcess",
     "WorkerTimeout",
+    "cause",
     "compare",
     "conditions",
     "fingerprint",
+    "is_transient",
     "median_interval",
     "pairs",
     "time_block",

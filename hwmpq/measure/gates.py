@@ -29,7 +29,7 @@ def machine_lock(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the machine-wide lock, so that two timings never overlap. waiting: called every 2 s."""
     import fcntl
 
-    descriptor = _open_lock(Path(tempfile.gettempdir()) / "hwmpq-timing.lock")
+    descriptor = _open_lock(lock_path())
     try:
         tries = 0
         while True:
@@ -44,6 +44,26 @@ def machine_lock(waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def lock_path() -> Path:
+    """HWMPQ_TIMING_LOCK, else one file that all share."""
+    given = os.environ.get("HWMPQ_TIMING_LOCK")
+    return Path(given) if given else Path(tempfile.gettempdir()) / "hwmpq-timing.lock"
+
+
+def is_locked() -> bool:
+    """Does somebody hold the lock at this moment?"""
+    import fcntl
+
+    descriptor = _open_lock(lock_path())
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _open_lock(path: Path) -> int:

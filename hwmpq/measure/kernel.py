@@ -22,25 +22,26 @@ import ctypes
 import functools
 import json
 import math
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmpq import tensors, tile_permission
 from hwmpq.errors import InputError
 from hwmpq.measure.environment import l2_bytes
 from hwmpq.measure.protocol import Cell
 
 MAX_COPIES = 64
 MAX_ROTATED_BYTES = 64 << 20
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BOOL": "bool"}
-_DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
-_DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
-_DTYPES |= {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 #: Outputs are filled with this byte before the check: far from 0 in every format, not a NaN.
 _POISON = 0x7B
+#: Files of `export_loop`.
+_LOOP_FILE, _EMPTY_FILE, _EMPTY_LOOP_FILE = "loop.so", "empty.so", "empty_loop.so"
 
 # `nargs` and the name are filled in. A void* argument that points to a DLTensor is accepted by
 # every kernel that TVM compiles.
@@ -73,11 +74,12 @@ class Kernel:
     the L2 cache, so that each call finds its weights outside it.
     """
 
-    def __init__(self, module: Any, function: str, arrays: list[NDArray[Any]], weights: list[int]):
+    def __init__(
+        self, module: Any, loop: Any, arrays: list[NDArray[Any]], weights: Sequence[int] = ()
+    ):
+        """loop: what calls it, compiled for the module's function and as many arguments."""
         import tvm
 
-        if not function.isidentifier():
-            raise InputError("not a function name", repr(function))
         nbytes = sum(arrays[i].nbytes for i in weights)
         self.copies, self.cold = plan_copies(nbytes, l2_bytes())
         device = tvm.cpu(0)
@@ -93,7 +95,7 @@ class Kernel:
         self._capsules = [[tensor.__dlpack__() for tensor in row] for row in rows]
         table = [[_address(capsule) for capsule in row] for row in self._capsules]
         self._table = tvm.runtime.tensor(np.array(table, dtype=np.int64), device)
-        self._module = _compile(_loop_source(function, len(arrays)))
+        self._module = loop
         self._module.import_module(module)
         self._loop = self._module["rotate"]
         self._next = 0
@@ -109,26 +111,34 @@ class Kernel:
 def load_kernel(cell: Cell) -> Kernel:
     """Load the library and allocate the arguments; nothing has run yet.
 
-    Raises InputError when files and roles do not fit together.
+    Raises InputError when files and roles do not fit together, or Linux refuses a feature.
     """
     import tvm
 
-    tensors = read_tensors(cell.args)
-    arrays = [tensors[str(i)] for i in range(len(tensors)) if str(i) in tensors]
-    if len(arrays) != len(tensors) or len(arrays) != len(cell.roles):
-        raise InputError(f"arguments of {cell.key}", sorted(tensors), [*map(str, cell.roles)])
+    tile_permission.ask(cell.features)
+    args, _ = tensors.load(Path(cell.args))
+    arrays = [args[str(i)] for i in range(len(args)) if str(i) in args]
+    if len(arrays) != len(args) or len(arrays) != len(cell.roles):
+        raise InputError(f"arguments of {cell.key}", sorted(args), [*map(str, cell.roles)])
     for index, role in enumerate(cell.roles):
         if role == "output":
             poison = np.full(arrays[index].nbytes, _POISON, dtype=np.uint8)
             arrays[index] = poison.view(arrays[index].dtype).reshape(arrays[index].shape)
     weights = [i for i, role in enumerate(cell.roles) if role == "weight"]
-    return Kernel(tvm.runtime.load_module(cell.library), cell.function, arrays, weights)
+    module = tvm.runtime.load_module(cell.library)
+    if cell.loop:
+        loop = tvm.runtime.load_module(str(Path(cell.loop) / _LOOP_FILE))
+    else:
+        loop = _compile(_loop_source(cell.function, len(arrays))).jit()
+    return Kernel(module, loop, arrays, weights)
 
 
 def check_kernel(kernel: Kernel, cell: Cell) -> None:
     """Run once and compare with the expected outputs. Raises WrongNumbers."""
     kernel.run(1)
-    for name, expected in read_tensors(cell.expected).items() if cell.expected else ():
+    if not cell.expected:
+        return
+    for name, expected in tensors.load(Path(cell.expected))[0].items():
         got = kernel.rows[0][int(name)].numpy()
         reason = difference(got, expected, cell.atol, cell.rtol)
         if reason:
@@ -164,50 +174,63 @@ def plan_copies(weight_bytes: int, l2: int) -> tuple[int, bool]:
 
 
 @functools.cache
-def call_overhead_s() -> float:
-    """Seconds per call that the inner loop spends on an empty kernel of three arguments."""
-    one = np.ones(1, dtype=np.int8)
-    empty = Kernel(_compile(_EMPTY), "main", [one, one, one], [])
-    empty.run(1000)
-    return min(empty.run(10_000) for _ in range(5)) / 10_000
+def call_overhead_s(loop: str = "") -> float:
+    """Seconds per call that the inner loop spends on an empty kernel of three arguments.
 
-
-def read_tensors(path: str | Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a safetensors file, bf16 and fp8 as ml_dtypes, which its own reader lacks.
-
-    Raises InputError for another kind of file. Source: the format section of safetensors' README.
+    loop: a folder of `export_loop`; '' = compiled here.
     """
-    import ml_dtypes
+    if loop:
+        import tvm
 
-    data = Path(path).read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    try:
-        header = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, view in header.items():
-            word = _DTYPES[view["dtype"]]
-            dtype = np.dtype(getattr(ml_dtypes, word, None) or word)
-            begin, end = view["data_offsets"]
-            flat = np.frombuffer(data[start + begin : start + end], dtype=dtype)
-            tensors[name] = flat.reshape(view["shape"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"not a safetensors file: {path}", repr(error)) from None
-    return tensors
+        files = (_EMPTY_FILE, _EMPTY_LOOP_FILE)
+        empty, calls = (tvm.runtime.load_module(str(Path(loop) / name)) for name in files)
+    else:
+        empty, calls = (_compile(source).jit() for source in (_EMPTY, _loop_source("main", 3)))
+    one = np.ones(1, dtype=np.int8)
+    kernel = Kernel(empty, calls, [one, one, one])
+    kernel.run(1000)
+    return min(kernel.run(10_000) for _ in range(5)) / 10_000
+
+
+def export_loop(folder: Path, function: str, nargs: int, target: Mapping[str, Any]) -> None:
+    """Compile the inner loop of a kernel, an empty kernel and its loop into a new folder, for a
+    machine that only has TVM's runtime. target: TVM's description of that machine.
+
+    A loaded loop remembers the kernel that it first called, so every cell needs files of its own.
+    """
+    sources = {
+        _LOOP_FILE: _loop_source(function, nargs),
+        _EMPTY_FILE: _EMPTY,
+        _EMPTY_LOOP_FILE: _loop_source("main", 3),
+    }
+    folder.mkdir(parents=True)
+    for name, source in sources.items():
+        (folder / name).write_bytes(_library(source, json.dumps(dict(target))))
+
+
+@functools.lru_cache(64)
+def _library(source: str, target: str) -> bytes:
+    """The shared library of a TVMScript function."""
+    with tempfile.TemporaryDirectory(prefix="hwmpq-") as folder:
+        path = Path(folder) / "loop.so"
+        _compile(source, json.loads(target)).export_library(str(path))
+        return path.read_bytes()
 
 
 def _loop_source(function: str, nargs: int) -> str:
+    if not function.isidentifier():
+        raise InputError("not a function name", repr(function))
     arguments = ", ".join(_ARGUMENT.format(index=index) for index in range(nargs))
     return _LOOP.format(nargs=nargs, function=function, arguments=arguments)
 
 
-def _compile(source: str) -> Any:
-    """Compile a TVMScript function for this CPU and return the runtime module."""
+def _compile(source: str, target: Mapping[str, Any] | None = None) -> Any:
+    """Compile a TVMScript function, for this CPU unless told otherwise."""
     import tvm
 
     function = tvm.script.from_source(source)
     module = tvm.IRModule({function.attrs["global_symbol"]: function})
-    return tvm.compile(module, target=tvm.target.Target({"kind": "llvm"})).jit()
+    return tvm.compile(module, target=tvm.target.Target(dict(target or {"kind": "llvm"})))
 
 
 def _address(capsule: object) -> int:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from hwmpq.errors import DeviceError
 from hwmpq.measure import frames
@@ -72,13 +72,16 @@ class WorkerProcess:
         if not prefix:  # here, it is the same hwmpq as ours, installed or not
             paths = [str(_ROOT), self._env.get("PYTHONPATH", "")]
             self._env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        #: What a worker reads before its first request.
+        self.preamble = b""
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
         self._reader: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._greeted = False
 
-    def __enter__(self) -> WorkerProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -135,6 +138,7 @@ class WorkerProcess:
         self._reader = threading.Thread(target=self._drain, args=(process.stderr,), daemon=True)
         self._reader.start()
         self._process = process
+        self._greeted = False
         return process
 
     def _converse(
@@ -148,20 +152,23 @@ class WorkerProcess:
         assert process.stdin is not None and process.stdout is not None
         with _Watchdog(process, deadline_s) as watchdog:
             with contextlib.suppress(BrokenPipeError):  # its death is seen by the read below
+                if not self._greeted:
+                    process.stdin.write(self.preamble)
+                    self._greeted = True
                 frames.write(process.stdin, {"op": op, "payload": payload})
             while (message := _read(process.stdout, watchdog)) is not None:
                 watchdog.restart()
                 if "progress" not in message:
                     break
                 if on_progress is not None:
-                    on_progress(message["progress"])
+                    on_progress(_part(message, "progress"))
         if message is None:
             raise self._obituary(process, op, watchdog)
         if "failed" in message:
-            failure = message["failed"]
-            raise WorkerFailed(op, failure["type"], failure["text"], failure["trace"])
-        result: dict[str, Any] = message["result"]
-        return result
+            failure = _part(message, "failed")
+            words = (str(failure.get(name, "")) for name in ("type", "text", "trace"))
+            raise WorkerFailed(op, *words)
+        return _part(message, "result")
 
     def _obituary(
         self, process: subprocess.Popen[bytes], op: str, watchdog: _Watchdog
@@ -234,6 +241,14 @@ def _read(stream: IO[bytes], watchdog: _Watchdog) -> dict[str, Any] | None:
         if watchdog.fired or watchdog.process.poll() is not None:
             return None  # cut off by its death
         raise
+
+
+def _part(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object in a message. Raises FrameError where there is none."""
+    part = message.get(name)
+    if not isinstance(part, dict):
+        raise frames.FrameError(f"answer without its {name}", type(part).__name__, "an object")
+    return part
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

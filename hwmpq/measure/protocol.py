@@ -19,6 +19,7 @@ from hwmpq.types import FloatArray, reject_unknown
 
 #: A fresh worker may take this long to import TVM; this never counts against a cell.
 START_DEADLINE_S = 180.0
+KINDS = ("kernel", "artifact", "program")
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,27 @@ class Cell:
     (rotated through copies, so that it is read cold), anything else (warm, as given); `expected`: a
     safetensors file with the right outputs under their argument index, compared by
     |got − expected| ≤ atol + rtol·|expected|.
+    features: those that its code needs; the worker asks Linux for the ones that want asking.
+    loop: the folder of `kernel.export_loop` for it, '' = the worker compiles its loop.
     kind 'artifact': `path`: its folder; `input`: a file for its `bench_callable`, else its own.
+    kind 'program': `function`: 'hwmpq.module:name', which makes of `settings` a call without
+    arguments and a description.
     """
 
     key: str
-    kind: Literal["kernel", "artifact"] = "kernel"
+    kind: Literal["kernel", "artifact", "program"] = "kernel"
     library: str = ""
     function: str = "main"
     args: str = ""
     roles: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
     expected: str = ""
+    loop: str = ""
     atol: float = 0.0
     rtol: float = 0.0
     path: str = ""
     input: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,9 +61,10 @@ class Cell:
         """Raises InputError for an unknown key or kind."""
         reject_unknown("cell", data, set(Cell.__dataclass_fields__))
         given = {name: value for name, value in data.items() if value is not None}
-        if given.get("kind", "kernel") not in ("kernel", "artifact"):
-            raise InputError("kind of cell", data["kind"], ("kernel", "artifact"))
-        return Cell(**(given | {"roles": tuple(given.get("roles", ()))}))
+        if given.get("kind", "kernel") not in KINDS:
+            raise InputError("kind of cell", data["kind"], KINDS)
+        lists = {name: tuple(given.get(name, ())) for name in ("roles", "features")}
+        return Cell(**(given | lists))
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,9 @@ class Protocol:
 
     rounds: each gives every cell one epoch; epoch_s: about how long an epoch is; threads: must be
     those of the worker; seed: of the order and the jitter of the inner count; pin: to the last core
-    (one thread only); deadline_s: the longest silence of the worker, one step or one round.
+    (one thread only); deadline_s: the longest silence of the worker, one step or one round;
+    settle: each epoch begins with a call that is not timed, for cells of several runtimes, whose
+    idle threads spin for a while and whose memory is not in the caches.
     """
 
     rounds: int = 12
@@ -73,6 +84,7 @@ class Protocol:
     seed: int = 0
     pin: bool = True
     deadline_s: float = 60.0
+    settle: bool = False
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.threads < 1:
@@ -98,7 +110,8 @@ class CellTiming:
 
     rejected_s: epochs that a gate refused. quality, where there are samples: rounds (the round of
     each sample), sentinel_s (per round), drift, steal, away, pressure (shares of time), switches,
-    noisy, cold, weight_copies, call_overhead_s, calibration_ratio, core, seed, denormals.
+    noisy, cold, weight_copies, call_overhead_s, calibration_ratio, core, seed, denormals,
+    description (of a program).
     """
 
     key: str
@@ -153,7 +166,9 @@ def time_block(
     while waiting:
         place: dict[str, Any] = {}
         request = {"cells": [cell.to_json() for cell in waiting], **protocol.to_json()}
-        worker.call("call", {"function": "hwmpq.measure.timing:get_ready"}, START_DEADLINE_S)
+        compiles = any(cell.kind == "kernel" and not cell.loop for cell in waiting)
+        ready = {"function": "hwmpq.measure.timing:get_ready", "payload": {"compiles": compiles}}
+        worker.call("call", ready, START_DEADLINE_S)
         try:
             reply = worker.call("time", request, protocol.deadline_s, _keep(place))
         except (WorkerCrashed, WorkerTimeout) as error:
@@ -164,7 +179,8 @@ def time_block(
                 for cell in waiting:
                     timings[cell.key] = time_block([cell], protocol, worker)[0]
                 break
-            timings[culprit] = CellTiming(culprit, error=_cause(error, place["step"], protocol))
+            reason = cause(error, place["step"], protocol.deadline_s)
+            timings[culprit] = CellTiming(culprit, error=reason)
             waiting = [cell for cell in waiting if cell.key != culprit]
         else:
             timings |= {item["key"]: CellTiming.from_json(item) for item in reply["cells"]}
@@ -180,7 +196,13 @@ def _keep(place: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
     return note
 
 
-def _cause(error: WorkerCrashed | WorkerTimeout, step: str, protocol: Protocol) -> str:
+def cause(error: WorkerCrashed | WorkerTimeout, step: str, deadline_s: float) -> str:
+    """The error of a cell in whose step the worker ended."""
     if isinstance(error, WorkerCrashed):
         return f"crashed: {error.cause} in step {step!r}"
-    return f"timed out after {protocol.deadline_s:g} s in step {step!r}"
+    return f"timed out after {deadline_s:g} s in step {step!r}"
+
+
+def is_transient(error: str) -> bool:
+    """May the same cell come out well the next time? A crash or a time-out may be the machine's."""
+    return error.removeprefix("compile: ").startswith(("crashed", "timed out"))

@@ -18,6 +18,7 @@ from hwmpq.measure import gates, protocol, stats
 from hwmpq.measure.environment import conditions, fingerprint
 from hwmpq.measure.kernel import WrongNumbers, call_overhead_s, check_kernel, load_kernel
 from hwmpq.measure.protocol import Cell, CellTiming
+from hwmpq.measure.public import public_function
 
 Progress = Callable[[Mapping[str, Any]], None]
 #: Cells of one block share their inner count unless their times differ by more than this.
@@ -63,9 +64,15 @@ class Entry:
 
 
 def get_ready(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Import TVM and do all that is done once per process; answers who the worker's machine is."""
-    overhead_s = call_overhead_s()
-    return {"fingerprint": fingerprint(), **conditions(), "call_overhead_s": overhead_s}
+    """Import TVM and do all that is done once per process; answers who the worker's machine is.
+
+    payload: {"compiles": whether cells will come without their loop}.
+    """
+    import tvm
+
+    if payload.get("compiles"):
+        call_overhead_s()
+    return {"fingerprint": fingerprint(), "tvm": tvm.__version__, **conditions()}
 
 
 def run_block(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -112,30 +119,35 @@ def _prepare(cell: Cell, plan: protocol.Protocol, progress: Progress) -> Entry:
         progress({"key": cell.key, "step": "check"})
         check_kernel(kernel, cell)
         quality = {
-            "call_overhead_s": call_overhead_s(),
+            "call_overhead_s": call_overhead_s(cell.loop),
             "weight_copies": kernel.copies,
             "cold": kernel.cold,
         }
         runner = kernel
     else:
-        runner = Calls(_load_artifact(cell))
+        function, quality = _load_whole(cell)
+        runner = Calls(function)
         progress({"key": cell.key, "step": "first run"})
         runner.run(1)
         overhead = min(Calls(lambda: None).run(10_000) for _ in range(5)) / 10_000
-        quality = {"call_overhead_s": overhead}
+        quality["call_overhead_s"] = overhead
     progress({"key": cell.key, "step": "calibrate"})
     entry = Entry(cell, runner, quality)
     _calibrate(entry, plan.epoch_s)
     return entry
 
 
-def _load_artifact(cell: Cell) -> Callable[[], object]:
+def _load_whole(cell: Cell) -> tuple[Callable[[], object], dict[str, Any]]:
+    """A call of a whole network, ours or another runtime's, and what there is to say of it."""
+    if cell.kind == "program":
+        call, description = public_function(cell.function)(cell.settings)
+        return call, {"description": description}
     from hwmpq.artifact import load  # type: ignore[import-not-found,unused-ignore]
 
     artifact = load(cell.path)
     inputs = (cell.input,) if cell.input else ()
     function: Callable[[], object] = artifact.bench_callable(*inputs)
-    return function
+    return function, {}
 
 
 def _calibrate(entry: Entry, epoch_s: float) -> None:
@@ -188,6 +200,8 @@ def _rounds(
             entry = items[index]
             for _ in range(2):
                 count = max(1, int(entry.count * (1 + 0.2 * chance.random())))
+                if plan.settle:
+                    entry.runner.run(1)
                 epoch = _epoch(entry.runner, count, core, plan.threads)
                 if not epoch.bad:
                     entry.kept.append(epoch)

@@ -14,7 +14,6 @@ answer is any number of {"progress": ...}, then {"result": ...} or {"failed": {t
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import os
 import select
 import sys
@@ -24,7 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hwmpq.errors import InputError, UnknownName
-from hwmpq.measure import frames
+from hwmpq.measure import frames, onsite
+from hwmpq.measure.public import public_function
 
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -46,15 +46,10 @@ def call(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 
     Raises InputError for anything outside the package.
     """
-    path, _, name = str(payload["function"]).partition(":")
-    if path.split(".")[0] != "hwmpq" or not name.isidentifier() or name.startswith("_"):
-        raise InputError("not a callable function", payload["function"], "hwmpq.module:name")
-    function = getattr(importlib.import_module(path), name, None)
-    if not callable(function) or function.__module__.split(".")[0] != "hwmpq":
-        raise InputError("not a callable function", payload["function"], "hwmpq.module:name")
-    result = function(payload.get("payload", {}))
+    path = str(payload["function"])
+    result = public_function(path)(payload.get("payload", {}))
     if not isinstance(result, dict):
-        raise InputError(f"{path}:{name} must return a dict", type(result).__name__)
+        raise InputError(f"{path} must return a dict", type(result).__name__)
     return result
 
 
@@ -80,6 +75,7 @@ def answer(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
 def main(settings: Sequence[str]) -> None:
     """Serve until the parent closes our stdin; also dies in mid-op when the parent is gone."""
     os.environ.update(dict(item.split("=", 1) for item in settings))
+    onsite.sweep()
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # stray prints of libraries go to stderr, not between the frames
@@ -92,6 +88,7 @@ def main(settings: Sequence[str]) -> None:
         except (frames.FrameError, TypeError, ValueError) as error:
             failure = {"type": type(error).__name__, "text": str(error), "trace": ""}
             frames.write(sink, {"failed": failure})
+    onsite.leave()
 
 
 def _exit_with_parent(descriptor: int) -> None:
@@ -99,6 +96,7 @@ def _exit_with_parent(descriptor: int) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP)
     poll.poll()
+    onsite.leave()
     os._exit(0)
 
 

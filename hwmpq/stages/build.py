@@ -15,11 +15,12 @@ from hwmpq.artifact.folder import write_json
 from hwmpq.artifact.golden import SAMPLES, checksum
 from hwmpq.formats import format_named
 from hwmpq.graph import Graph
-from hwmpq.kernels import best
+from hwmpq.kernels import Kernel, best
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.lower.layout import NHWC, layouts
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages.job import Job
+from hwmpq.stages.schedule import timed_kernel
 from hwmpq.targets import FEATURES
 from hwmpq.types import Assignment
 
@@ -58,7 +59,12 @@ def make_artifact(
     from hwmpq.frontend.relax_module import relax_module
 
     own = quantizers.only(assignment)
-    built = lower.build(relax_module(job.graph), assignment, own, job.target, job.options.threads)
+    kernels = _kernels(job, assignment)
+    schedules = {name: k.timed.text for name, k in kernels.items() if k.timed}
+    built = lower.build(
+        relax_module(job.graph), assignment, own, job.target, job.options.threads,
+        schedules=schedules,
+    )  # fmt: skip
     golden, checks = _golden(job.graph, assignment, own, samples, built.calls)
     weight_bytes = model_bytes(job, assignment)
     manifest = {
@@ -77,7 +83,7 @@ def make_artifact(
             for n in job.graph.outputs
         ],
         "assignment": assignment,
-        "kernels": _kernels(job, assignment),
+        "kernels": {name: _told(k, assignment[name]) for name, k in kernels.items()},
         "calls": list(built.calls),
         "parameters": list(built.parameters),
         "nbytes": {
@@ -116,14 +122,23 @@ def _described(job: Job, name: str) -> dict[str, Any]:
     return entry
 
 
-def _kernels(job: Job, assignment: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def _kernels(job: Job, assignment: Mapping[str, str]) -> dict[str, Kernel]:
+    """Layer -> its kernel, with the schedule that timing chose."""
     found = {}
     for layer in job.network.layers:
         fmt = format_named(assignment[layer.name])
         kernel = best(layer.workload, fmt, job.target.features)
         assert kernel is not None, layer.name
-        found[layer.name] = {"kernel": kernel.name, "execution": kernel.execution(fmt)}
+        found[layer.name] = timed_kernel(job, kernel, layer.workload, fmt)
     return found
+
+
+def _told(kernel: Kernel, fmt: str) -> dict[str, str]:
+    """What the manifest says of a kernel; schedule: where it is not the default one."""
+    schedule = {"schedule": kernel.timed.text} if kernel.timed else {}
+    return {
+        "kernel": kernel.name, "execution": kernel.execution(format_named(fmt)), **schedule
+    }  # fmt: skip
 
 
 def _golden(

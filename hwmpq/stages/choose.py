@@ -12,9 +12,9 @@ from hwmpq.errors import InfeasibleError, InputError
 from hwmpq.formats import bops, format_named
 from hwmpq.search import solve
 from hwmpq.search.pareto import frontier as exact_frontier
-from hwmpq.stages.job import Job
-from hwmpq.stages.latency import LatencyTable
+from hwmpq.stages.job import Job, solver_of
 from hwmpq.stages.menu import Menu
+from hwmpq.stages.pricing import LatencyTable
 from hwmpq.types import Assignment, Problem, Sensitivity, Solution
 
 
@@ -50,6 +50,7 @@ def make_problem(
         nbytes=nbytes,
         bops=work,
         legal=legal,
+        pair_loss=loss.pair_loss,
         transitions=table.transitions,
         fixed_latency_s=table.fixed_s,
         ties=menu.ties,
@@ -66,12 +67,13 @@ def within(problem: Problem, latency_s: float | None) -> Problem:
 
 def least_loss(job: Job, problem: Problem) -> Solution:
     """Least loss within the budgets. Raises InfeasibleError naming the best possible plans."""
-    solution = solve(problem, job.options.search, solver_limit_s(job), job.options.seed)
+    solver = solver_of(job.options)
+    solution = solve(problem, solver, solver_limit_s(job), job.options.seed)
     if solution.status == "infeasible":
         raise infeasible(problem, solution)
     if not solution.choice:
         raise InputError(
-            f"solver {job.options.search} found no plan in its time", solution.status, None,
+            f"solver {solver} found no plan in its time", solution.status, None,
             "Give it more time with --max-time.",
         )  # fmt: skip
     return solution

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from hwmpq.data import DataSet
-from hwmpq.errors import InputError, UnknownName
+from hwmpq.errors import InputError
 from hwmpq.formats import format_named
 from hwmpq.quantizers import Quantizers
-from hwmpq.stages.job import Images, Job
+from hwmpq.stages.job import Images, Job, estimator_of
+from hwmpq.stages.latency import LatencyFacts
 from hwmpq.stages.menu import Menu
 from hwmpq.types import BoolArray, Sensitivity, digest
+
+if TYPE_CHECKING:
+    from hwmpq.quantize.ranges import Method
+    from hwmpq.sensitivity.task import Forecast, Kept
 
 #: Images that an estimator looks at, for small and for large inputs (from 64 pixels on); more cost
 #: time in proportion.
 SENSITIVITY_IMAGES, SENSITIVITY_LARGE = 64, 32
 #: Part of the sensitivities' keys: raise it when an estimator or the simulator changes.
-SENSITIVITY_VERSION = 1
+SENSITIVITY_VERSION = 2
+#: How activations are calibrated where nothing else is asked.
 RANGES: Final = "mse"
+PERCENTILE: Final = 99.99
 
 
-def calibrate(job: Job, images: Images, menu: Menu) -> Quantizers:
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """All that is known before anything is chosen."""
+
+    images: Images
+    menu: Menu
+    quantizers: Quantizers
+    loss: Sensitivity
+    latency: LatencyFacts
+
+
+def calibrate(
+    job: Job, images: Images, menu: Menu, ranges: Method = RANGES, percentile: float = PERCENTILE
+) -> Quantizers:
     """Scales, zero points and rounded weights for every format of the menu.
 
     Deterministic and cheap beside the rest, so made again by every run.
@@ -43,7 +63,9 @@ def calibrate(job: Job, images: Images, menu: Menu) -> Quantizers:
         torch.from_numpy(images.calib.batch(picked[i : i + size])) for i in range(0, limit, size)
     ]
     with job.progress.stage("calibrate", None) as advance:
-        return run(job.graph, batches, menu.formats, RANGES, progress=lambda *_: advance(1))
+        return run(
+            job.graph, batches, menu.formats, ranges, percentile, progress=lambda *_: advance(1)
+        )
 
 
 def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) -> Sensitivity:
@@ -52,29 +74,34 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
 
     from hwmpq import sensitivity
 
-    name, part, formats = _asked(job, images, menu)
+    name, part, key = _asked(job, images)
     able = _able(job, menu)
-    count = len(part)
-    done = _stored(job, formats)
 
-    def save(item: str, value: float) -> None:
-        layer, fmt = item.rsplit("|", 1)
-        job.store.put_fact("sensitivity", f"{formats[fmt]}|{layer}", value)
+    def save(item: str, value: Kept) -> None:
+        job.store.put_fact("sensitivity", f"{key}|{item}", value)
+
+    def tell(cost: Forecast) -> None:
+        if cost.layer_runs:
+            job.progress.note(
+                f"{name}: {cost.layer_runs} layer runs over {len(part)} images"
+                f" ({cost.without_reuse} without reuse), about {cost.seconds:.0f} s"
+            )
 
     labels = None if part.labels is None else torch.from_numpy(part.labels)
-    total = int(able.sum())
-    with job.progress.stage(f"sensitivity ({name})", total) as advance:
+    with job.progress.stage(f"sensitivity ({name})", 100) as advance:
         before = 0
 
-        def note(cells: int, _all: int, _left: float) -> None:
+        def note(items: int, of: int, _left: float) -> None:
             nonlocal before
-            advance(cells - before)
-            before = cells
+            percent = 100 * items // of
+            advance(percent - before)
+            before = percent
 
         found = sensitivity.estimate(
-            name, job.graph, quantizers, torch.from_numpy(part.batch(range(count))), labels,
-            formats=menu.formats, legal=able, progress=note, done=done, save=save,
-            seed=job.options.seed,
+            name, job.graph, quantizers, torch.from_numpy(part.batch(range(len(part)))), labels,
+            loss=job.options.loss, formats=menu.formats, legal=able, progress=note,
+            done=_done(job, key), save=save,
+            forecast=tell, seed=job.options.seed,
         )  # fmt: skip
     if not np.isfinite(found.loss[able]).all():
         bad = [
@@ -82,20 +109,25 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
             for i, j in np.argwhere(able & ~np.isfinite(found.loss))
         ]
         raise InputError("sensitivities are not finite", ", ".join(bad[:5]))
+    if found.pair_loss is not None:
+        job.store.put_fact("sensitivity", _pairs_key(job, menu, key), found.pair_loss.tobytes())
     return found
 
 
 def stored_sensitivities(job: Job, images: Images, menu: Menu) -> Sensitivity:
-    """loss[L, F] as far as the store has it; nan elsewhere, but 0 for fp32."""
-    name, part, formats = _asked(job, images, menu)
-    done = _stored(job, formats)
-    names = job.network.names
-    loss = np.array(
-        [[done.get(f"{la}|{f}", 0.0 if f == "fp32" else np.nan) for f in menu.formats]
-         for la in names]
-    )  # fmt: skip
-    loss = np.where(_able(job, menu), loss, np.nan)
-    return Sensitivity(names, menu.formats, loss, name, len(part))
+    """loss[L, F] as far as the store has it; nan elsewhere, but 0 for fp32. Pairs: all or none."""
+    name, part, key = _asked(job, images)
+    done = _done(job, key)
+    able = _able(job, menu)
+    loss = np.full(able.shape, np.nan)
+    for i, j in np.argwhere(able):
+        if menu.formats[j] == "fp32":
+            loss[i, j] = 0.0
+        elif kept := done(f"{job.network.names[i]}|{menu.formats[j]}"):
+            loss[i, j] = float(kept[0])
+    pairs = job.store.fact("sensitivity", _pairs_key(job, menu, key))
+    matrix = None if pairs is None else np.frombuffer(pairs).reshape(loss.size, loss.size)
+    return Sensitivity(job.network.names, menu.formats, loss, name, len(part), pair_loss=matrix)
 
 
 def _able(job: Job, menu: Menu) -> BoolArray:
@@ -104,46 +136,37 @@ def _able(job: Job, menu: Menu) -> BoolArray:
     return np.array(rows, bool)
 
 
-def _asked(job: Job, images: Images, menu: Menu) -> tuple[str, DataSet, dict[str, str]]:
-    """The estimator, the images it looks at, and format -> start of the facts' keys.
+def _asked(job: Job, images: Images) -> tuple[str, DataSet, str]:
+    """The estimator, the images it looks at, and the start of the facts' keys."""
+    from hwmpq.quantize.scores import source_key
 
-    Raises UnknownName for an unknown estimator.
-    """
-    from hwmpq import sensitivity
-
-    name = job.options.sensitivity or "output-error"
-    if name not in sensitivity.names():
-        raise UnknownName("sensitivity estimator", name, sensitivity.names())
+    name = estimator_of(job.options)
     large = job.graph.tensors[job.graph.inputs[0]][-1] >= 64
     count = min(SENSITIVITY_LARGE if large else SENSITIVITY_IMAGES, len(images.calib))
     part = images.calib.subset(np.linspace(0, len(images.calib) - 1, count).astype(int))
     key = digest(
         [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest, name, RANGES,
-         job.options.seed]
+         job.options.seed, source_key(job.options.loss)]
     )  # fmt: skip
-    return name, part, {f: digest([key, f]) for f in menu.formats}
+    return name, part, key
 
 
-def _stored(job: Job, formats: Mapping[str, str]) -> dict[str, float]:
-    """'layer|format' -> loss, of all that the store has."""
-    done = {}
-    for layer in job.network.names:
-        for fmt, key in formats.items():
-            value = job.store.fact("sensitivity", f"{key}|{layer}")
-            if value is not None:
-                done[f"{layer}|{fmt}"] = float(value)
-    return done
+def _done(job: Job, key: str) -> Callable[[str], Kept | None]:
+    """An estimator's item -> what the store has of it."""
+    return lambda item: job.store.fact("sensitivity", f"{key}|{item}")
 
 
-@dataclass(frozen=True)
-class Violations:
-    """Cells whose loss falls when bits are taken away, within the integer family."""
+def _pairs_key(job: Job, menu: Menu, key: str) -> str:
+    """Of the pair matrix for all cells of the menu, kept as the bytes of float64."""
+    able = _able(job, menu).tolist()
+    return f"{key}|pairs|{digest([job.network.names, menu.formats, able])}"
 
-    cells: tuple[str, ...]
 
+def monotone_violations(found: Sensitivity) -> tuple[str, ...]:
+    """Cells whose loss falls when bits are taken away, within the integer family.
 
-def monotone_violations(found: Sensitivity) -> Violations:
-    """Counted and reported: on real nets a few are normal (noise of the images)."""
+    Counted and reported: on real nets a few are normal (noise of the images).
+    """
     family = [f for f in found.formats if format_named(f).is_integer]
     order = sorted(family, key=lambda f: -format_named(f).rank)
     cells = []
@@ -153,4 +176,4 @@ def monotone_violations(found: Sensitivity) -> Violations:
             b = found.loss[i, found.formats.index(narrow)]
             if np.isfinite(a) and np.isfinite(b) and b < a:
                 cells.append(f"{layer}: {narrow} < {wide}")
-    return Violations(tuple(cells))
+    return tuple(cells)

@@ -16,13 +16,12 @@ from hwmpq.data import DataSet
 from hwmpq.devices import Device
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.graph import Graph, network_of
+from hwmpq.measure import fingerprint
+from hwmpq.measure.remote import RemoteWorker
 from hwmpq.measure.store import Store
 from hwmpq.targets import Target
 from hwmpq.types import Network, digest
 
-#: auto: one estimator, the solver, then the true measured drop and time.
-METHODS = ("auto",)
-_PLANNED = ("hawq", "lcpaq", "clado", "fliqs", "fliqs-nas")
 #: Calibration images set aside to judge candidates by; no choice of scale or sensitivity sees them.
 #: Fewer for large inputs (from 64 pixels on), where each costs a hundred times the time.
 HOLDOUT, HOLDOUT_LARGE = 512, 256
@@ -67,9 +66,10 @@ class Options:
     pins: tuple[str, ...] = ()
     ties: tuple[str, ...] = ()
     method: str = "auto"
-    search: str = "ilp"
+    search: str | None = None
     sensitivity: str | None = None
     metric: str = ""
+    loss: str = ""
     calib: int = 256
     eval: int | None = None
     threads: int = 1
@@ -78,6 +78,7 @@ class Options:
     out: str = "hwmpq-out"
     fresh: bool = False
     max_time: float | None = None
+    tune: int = 0
     dry_run: bool = False
 
 
@@ -94,7 +95,8 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A run's fixed circumstances. model: the loaded model; key: digest of graph and weights."""
+    """A run's fixed circumstances. model: the loaded model; key: digest of graph and weights;
+    fingerprint: of the machine that times."""
 
     options: Options
     progress: Progress
@@ -105,29 +107,45 @@ class Job:
     target: Target
     device: Device
     store: Store
+    fingerprint: str
 
 
 def check_options(o: Options) -> None:
     """Refuse what can be refused before any work. Raises InputError, UnknownName."""
     from hwmpq import search, sensitivity
-    from hwmpq.quantize.judge import METRICS
+    from hwmpq.quantize.scores import LOSSES, METRICS, find_score
 
     for name, value in (("--threads", o.threads), ("--calib", o.calib), ("--eval", o.eval)):
         if value is not None and value < 1:
             raise InputError(name, value, "1 or more")
+    if o.tune < 0:
+        raise InputError("--tune", o.tune, "0 (off) or more")
     if o.max_drop is not None and not 0 <= o.max_drop <= 100:
         raise InputError("--max-drop", o.max_drop, "0 to 100 points")
     if o.max_time is not None and not o.max_time > 0:
         raise InputError("--max-time", o.max_time, "a time above 0")
-    if o.method not in METHODS:
-        later = "It is planned, and not in this version." if o.method in _PLANNED else ""
-        raise UnknownName("method", o.method, METHODS, later)
-    if o.search not in search.names():
-        raise UnknownName("solver", o.search, search.names())
-    if o.sensitivity is not None and o.sensitivity not in sensitivity.names():
-        raise UnknownName("sensitivity estimator", o.sensitivity, sensitivity.names())
-    if o.metric and ":" not in o.metric and o.metric not in METRICS:
-        raise UnknownName("metric", o.metric, METRICS)
+    if solver_of(o) not in search.names():
+        raise UnknownName("solver", solver_of(o), search.names())
+    if o.metric:
+        find_score("metric", o.metric, METRICS)
+    estimator = estimator_of(o)
+    if o.loss:
+        sensitivity.check_loss(estimator, find_score("loss", o.loss, LOSSES).name)
+    if sensitivity.needs_gradients(estimator) and o.model.endswith(".onnx"):
+        raise InputError(
+            "sensitivity estimator by gradients for an ONNX model", estimator,
+            [name for name in sensitivity.names() if not sensitivity.needs_gradients(name)],
+        )  # fmt: skip
+
+
+def estimator_of(o: Options) -> str:
+    """The sensitivity estimator: as asked, else one that looks at the loss where one is given."""
+    return o.sensitivity or ("measured" if o.loss else "output-error")
+
+
+def solver_of(o: Options) -> str:
+    """The solver: as asked, else the exact one of separate layers."""
+    return o.search or "ilp"
 
 
 def open_job(options: Options, progress: Progress, model: Any = None, here: bool = True) -> Job:
@@ -141,23 +159,52 @@ def open_job(options: Options, progress: Progress, model: Any = None, here: bool
 
     toolchain.check()
     check_options(options)
-    target = targets.native() if options.target == "native" else targets.load(options.target)
     device = devices.load(options.device)
-    missing = targets.satisfied_by_host(target) if here else []
-    if missing:
-        raise InputError(
-            f"this machine cannot run target {target.name}", f"no {', '.join(missing)}",
-            [n for n in targets.names() if not targets.satisfied_by_host(targets.load(n))],
-            "Use one of these, or a device that has the features.",
-        )  # fmt: skip
+    target = _target(options.target, device)
+    machine = _machine(device, target) if here else fingerprint()
     weights = Path(options.weights) if options.weights else None
     with progress.stage("trace", None):
         model = model or load_model(options.model, weights, options.input_shape)
         graph = model.graph()
     store = Store.open(options.store, fresh=options.fresh)
     return Job(
-        options, progress, model, graph, network_of(graph), graph_key(graph), target, device, store
-    )
+        options, progress, model, graph, network_of(graph), graph_key(graph), target, device, store,
+        machine,
+    )  # fmt: skip
+
+
+def _target(name: str, device: Device) -> Target:
+    """'native' is the device's own target. Raises InputError where nobody knows it."""
+    if name == "native" and device.target:
+        name = device.target
+    if name != "native":
+        return targets.load(name)
+    if device.remote:
+        raise InputError(
+            f"target of device {device.name}", "native", targets.names(),
+            f"Give --target, or write it into {devices.path()}.",
+        )  # fmt: skip
+    return targets.native()
+
+
+def _machine(device: Device, target: Target) -> str:
+    """Fingerprint of the machine behind the device. Raises InputError when it cannot run the
+    target, DeviceError when it cannot be reached."""
+    if device.remote:
+        with RemoteWorker(device) as worker:
+            found = worker.describe()
+        missing = sorted(target.features - frozenset(found["features"]))
+        name, able = str(found["fingerprint"]), None
+    else:
+        missing, name = targets.satisfied_by_host(target), fingerprint()
+        able = [n for n in targets.names() if not targets.satisfied_by_host(targets.load(n))]
+    if missing:
+        where = f"device {device.name}" if device.remote else "this machine"
+        raise InputError(
+            f"{where} cannot run target {target.name}", f"no {', '.join(missing)}", able,
+            "Use another target, or a device that has the features.",
+        )  # fmt: skip
+    return name
 
 
 def graph_key(graph: Graph) -> str:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from hwmpq.errors import InputError
 from hwmpq.formats import format_named
 from hwmpq.kernels import Kernel
-from hwmpq.measure import fingerprint
 from hwmpq.predict import Predictor
 from hwmpq.stages.job import Job
 from hwmpq.stages.latency import NOT_STORED, TIME_IS_UP, LatencyFacts
@@ -78,7 +77,7 @@ def _predictor(job: Job) -> Predictor:
     except InputError as error:
         job.progress.note(f"the cost model of {job.target.name} is not used: {error}")
         raise
-    if predictor.fingerprint not in ("", fingerprint()):
+    if predictor.fingerprint not in ("", job.fingerprint):
         job.progress.note(
             f"the cost model of {job.target.name} was trained on another machine, "
             f"{predictor.fingerprint}"

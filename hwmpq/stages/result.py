@@ -13,12 +13,16 @@ from hwmpq.artifact.folder import replace_folder
 from hwmpq.errors import InputError
 from hwmpq.formats import format_named
 from hwmpq.search import solve
+from hwmpq.stages.bench import Attempt
 from hwmpq.stages.budget import parse_latency
 from hwmpq.stages.build import Made
 from hwmpq.stages.choose import loss_of, within
 from hwmpq.stages.job import Job
-from hwmpq.stages.latency import LatencyFacts, unknown_cells
+from hwmpq.stages.latency import LatencyFacts
 from hwmpq.stages.menu import Menu
+from hwmpq.stages.place import check_place, was_met
+from hwmpq.stages.predicted import spread
+from hwmpq.stages.pricing import unknown_cells
 from hwmpq.stages.timing import Timed
 from hwmpq.stages.verify import Accuracy
 from hwmpq.types import Assignment, Problem, Solution
@@ -26,6 +30,8 @@ from hwmpq.types import Assignment, Problem, Solution
 EXIT_CODES = {
     "met": 0, "error": 2, "infeasible": 3, "missed": 4, "accuracy": 5, "slower": 6,
 }  # fmt: skip
+#: Predicted and measured are expected to differ by at most this share.
+TOLERANCE = 0.10
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Result:
         A result that was met is not replaced by one that was not: that goes to `<out>.<status>`.
         """
         place = out
-        if _was_met(out) and self.exit_code != 0:
+        if was_met(out) and self.exit_code != 0:
             place = out.with_name(f"{out.name}.{self.json['status']}")
         check_place(place)
         self.json["artifact"] = str(place / "artifact")
@@ -120,37 +126,6 @@ class Result:
                 f"cannot write the result to {out}", error.strerror or error, None,
                 "Free some space or choose another --out.",
             ) from error  # fmt: skip
-
-
-def check_place(out: Path) -> None:
-    """Raises InputError for a folder that may not be replaced."""
-    if out.exists() and not is_ours(out):
-        raise InputError(
-            "the output folder holds something else", out,
-            "a new folder or one that hwmpq made", "Choose another --out.",
-        )  # fmt: skip
-
-
-def is_ours(folder: Path) -> bool:
-    """An empty folder, or one that a run wrote and to which nobody added anything."""
-    if not folder.is_dir():
-        return False
-    names = {p.name for p in folder.iterdir() if not p.name.startswith("report.")}
-    if not names:
-        return not any(folder.iterdir())
-    return names <= {"artifact", "result.json", "rows.json"} and "status" in _read(folder)
-
-
-def _was_met(folder: Path) -> bool:
-    return _read(folder).get("status") == "met"
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def layer_rows(
@@ -202,10 +177,10 @@ def shape_text(workload: Any) -> str:
 def result_json(
     job: Job, *, status: str, ambiguous: bool, assignment: Assignment, rows: list[LayerRow],
     predicted_s: float, predicted_interval: tuple[float, float], own: Timed,
-    limit_s: float | None, statistic: str,
-    baselines: dict[str, dict[str, Any]], accuracy: Accuracy, objective: float | None,
-    bound: float | None, gap: float | None, rounds: int, seconds: dict[str, float], out: Path,
-    made: Made, split: str, new_timings: int, failures: dict[str, str], estimator: str,
+    limit_s: float | None, statistic: str, baselines: dict[str, dict[str, Any]],
+    accuracy: Accuracy, solution: Solution, told: Mapping[str, Any], rounds: int,
+    seconds: dict[str, float], out: Path, made: Made, split: str, new_timings: int,
+    failures: dict[str, str], estimator: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The contract's result.json."""
     o = job.options
@@ -245,9 +220,11 @@ def result_json(
             "artifact": files,
             "peak_memory": manifest["nbytes"]["peak_memory"],
         },
-        "objective": objective,
-        "bound": bound,
-        "gap": gap,
+        "objective": solution.objective,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "method": o.method,
+        "choice": dict(told),
         "seconds": {
             name: seconds.get(name, 0.0)
             for name in (
@@ -269,3 +246,36 @@ def result_json(
         "failures": failures,
         "environment": {"quality": {k: v for k, v in own.quality.items() if k != "rounds"}},
     }
+
+
+def predicted_interval(job: Job, attempt: Attempt, latency: LatencyFacts) -> tuple[float, float]:
+    """TOLERANCE on either side, and what the bands of predicted cells add."""
+    centre = attempt.predicted_s
+    below, above = spread(job, attempt.made.assignment, latency)
+    return max(centre * (1 - TOLERANCE) + below, 0.0), centre * (1 + TOLERANCE) + above
+
+
+def status_of(attempt: Attempt, accuracy: Accuracy, max_drop: float | None) -> str:
+    """The contract's word for how the plan did, by its precedence."""
+    if not attempt.within_limit:
+        return "missed"
+    if max_drop is not None and accuracy.drop > max_drop:
+        return "accuracy"
+    if attempt.own.interval[0] > attempt.timed["fp32"].interval[1]:
+        return "slower"
+    return "met"
+
+
+def forecast(job: Job, menu: Menu, latency: LatencyFacts, seconds: Mapping[str, float]) -> Result:
+    """What a run would do, without compiling networks."""
+    rows = [
+        LayerRow(la.name, la.workload.op, "", "", "", "", 0.0, None, {}, menu.reasons[la.name])
+        for la in job.network.layers
+    ]
+    json = {
+        "version": 1, "status": "met", "dry_run": True, "model": job.options.model,
+        "target": job.target.name, "device": job.device.name, "formats": list(menu.formats),
+        "layers": len(job.network.layers), "new_timings": latency.new_timings,
+        "seconds": dict(seconds),
+    }  # fmt: skip
+    return Result(json, rows, [], 0, None)

@@ -16,7 +16,6 @@ from hwmpq.measure import (
     CellTiming,
     Protocol,
     WorkerProcess,
-    fingerprint,
     median_interval,
     time_block,
 )
@@ -59,7 +58,7 @@ def stored_times(
     """
     key = digest(
         [CODEGEN_VERSION, job.key, assignments, dict(job.target.tvm), job.options.threads,
-         fingerprint()]
+         job.fingerprint]
     )  # fmt: skip
     found = job.store.fact("uniform", key)
     if found is None:
@@ -100,8 +99,10 @@ def torch_eager_s(job: Job) -> float | None:
     """Median seconds of one call of the float torch module, eager, on the same threads.
 
     In this process: torch is loaded here and nowhere else. None for an exported program, whose
-    module is not the user's.
+    module is not the user's, and for another machine's device.
     """
+    if job.device.remote:
+        return None
     import time
 
     import torch

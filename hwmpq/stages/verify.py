@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwmpq import artifact
-from hwmpq.data import DataSet, call_named
-from hwmpq.errors import InputError
+from hwmpq.data import DataSet
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages.job import Job
 
@@ -56,19 +55,6 @@ class Accuracy:
         }
 
 
-def metric_of(job: Job, data: DataSet) -> Any:
-    """The metric's name, or the user's function. Raises InputError for an unknown one."""
-    word = job.options.metric
-    if not word:
-        return "top1" if data.labels is not None else "agreement"
-    if ":" in word:
-        found = call_named(word)
-        if not callable(found):
-            raise InputError("--metric", word, "a function")
-        return found
-    return word
-
-
 def float_logits(job: Job, data: DataSet, what: str) -> Any:
     """The float model's outputs on a data set."""
     from hwmpq.quantize.judge import predict
@@ -98,7 +84,7 @@ def simulated(
             Simulator(job.graph, assignment, quantizers), data, progress=_steps(advance)
         )
     labels = None if data.labels is None else torch.from_numpy(data.labels)
-    return judge(reference, outputs, labels, metric_of(job, data))
+    return judge(reference, outputs, labels, job.options.metric)
 
 
 def deployed_outputs(job: Job, folder: Path, data: DataSet, what: str) -> np.ndarray:
@@ -119,7 +105,7 @@ def score(job: Job, outputs: np.ndarray, reference: Any, data: DataSet) -> float
     from hwmpq.quantize.judge import judge
 
     labels = None if data.labels is None else torch.from_numpy(data.labels)
-    found = judge(reference, torch.from_numpy(outputs), labels, metric_of(job, data))
+    found = judge(reference, torch.from_numpy(outputs), labels, job.options.metric)
     return float(found.simulated)
 
 
@@ -139,7 +125,7 @@ def measure_accuracy(
 
     deployed = deployed_outputs(job, folder, data, "the artifact")
     labels = None if data.labels is None else torch.from_numpy(data.labels)
-    metric = metric_of(job, data)
+    metric = job.options.metric
     found = judge(reference, torch.from_numpy(deployed), labels, metric)
     count = min(PARITY_IMAGES, len(data))
     part = data.subset(np.linspace(0, len(data) - 1, count).astype(int))
@@ -155,8 +141,7 @@ def measure_accuracy(
     agreement = 100.0 * float((ours.reshape(count, -1).argmax(1) == flat.argmax(1)).mean())
     replay = artifact.replay(artifact.load(folder))
     return Accuracy(
-        found.metric if isinstance(metric, str) else job.options.metric,
-        found.float, float(simulated_score), found.simulated, found.n, found.drop,
+        found.metric, found.float, float(simulated_score), found.simulated, found.n, found.drop,
         found.drop_interval, agreement,
         float(np.abs(ours - deployed[picked]).max()), replay.first_difference,
     )  # fmt: skip

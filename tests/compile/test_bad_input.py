@@ -32,6 +32,7 @@ from hwmpq.errors import (
 from hwmpq.measure.store import Store
 from hwmpq.pipeline import Options, Result, quantize_model
 from hwmpq.stages import latency
+from hwmpq.stages import place as place_stage
 from hwmpq.stages import result as result_stage
 
 
@@ -82,7 +83,7 @@ WORDS = [
     ({"pins": ("sten=w8a8",)}, UnknownName, r"layer pattern of --pin.*'sten'.*Nearest: stem"),
     ({"pins": ("stem=w8a9",)}, UnknownName, r"unknown format.*'w8a9'.*Nearest: .*w8a8"),
     ({"ties": ("cnv*",)}, UnknownName, r"layer pattern of --tie.*'cnv\*'.*Nearest: conv"),
-    ({"method": "clado"}, UnknownName, r"unknown method.*'clado'.*not in this version"),
+    ({"method": "fliqs"}, UnknownName, "method fliqs is not implemented in this version"),
     ({"search": "ilpp"}, UnknownName, r"unknown solver.*'ilpp'.*Nearest: .*ilp"),
     ({"sensitivity": "output-eror"}, UnknownName, r"estimator.*Nearest: output-error"),
     ({"metric": "top2"}, UnknownName, r"unknown metric.*'top2'.*Nearest: top1"),
@@ -263,7 +264,7 @@ def full(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     "step",
     [(artifact_folder, "write_json"), (artifact_folder, "replace_folder"),
-     (result_stage, "replace_folder"), (pipeline.tempfile, "mkdtemp")],
+     (result_stage, "replace_folder"), (place_stage.tempfile, "mkdtemp")],
     ids=lambda step: f"{step[0].__name__}.{step[1]}",
 )  # fmt: skip
 def test_disk_full_while_the_result_is_saved(

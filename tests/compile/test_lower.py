@@ -63,10 +63,17 @@ class Case:
         self.graph: Graph = trace(self.model, (self.images[:1],))
         self.quantizers: Quantizers = calibrate(self.graph, [self.images], MENU)
         self.module: Any = relax_module(self.graph)
+        self._built: dict[str, lower.Built] = {}
 
     def uniform(self, fmt: str) -> dict[str, str]:
         legal = format_named("w8a8") if fmt == "w4a8" else format_named(fmt)
         return {n.name: legal.name if n.op == "matmul" else fmt for n in self.graph.layers}
+
+    def built(self, fmt: str) -> lower.Built:
+        """The uniform network, compiled once for all tests."""
+        if fmt not in self._built:
+            self._built[fmt] = lower.build(self.module, self.uniform(fmt), self.quantizers, TARGET)
+        return self._built[fmt]
 
     def simulated(self, assignment: Mapping[str, str], x: torch.Tensor) -> np.ndarray:
         with torch.inference_mode():
@@ -123,8 +130,7 @@ def rebuilt(module: Any, change: Callable[[relax.BlockBuilder, dict[str, Any]], 
 
 @pytest.mark.parametrize("fmt", MENU)
 def test_the_artifact_is_the_simulator(case: Case, fmt: str) -> None:
-    assignment = case.uniform(fmt)
-    built = lower.build(case.module, assignment, case.quantizers, TARGET)
+    assignment, built = case.uniform(fmt), case.built(fmt)
     for x in case.images.split(1):
         found, want = run(built, x.numpy()), case.simulated(assignment, x)
         assert np.abs(found - want).max() <= 2e-2 * np.abs(want).max()
@@ -165,7 +171,7 @@ def test_names_survive_other_passes(case: Case, between: tuple[str, ...]) -> Non
     after = Sequential(others)(case.module)
     assert [n.name for n in read(after).graph.nodes] == [n.name for n in case.graph.nodes]
     lowered, parameters = lower.lift_parameters(passes(case.module))
-    plain = lower.build(case.module, assignment, case.quantizers, TARGET)
+    plain = case.built("w8a8")
     assert list(parameters) == list(plain.parameters)
     assert all(np.array_equal(parameters[n], plain.parameters[n]) for n in parameters)
     executable, peak = lower.compile_module(lowered, TARGET)
@@ -262,7 +268,7 @@ def test_operators_of_several_tensors_and_outputs(case: Case) -> None:
 
     assignment = case.uniform("w8a8")
     built = lower.build(rebuilt(case.module, change), assignment, case.quantizers, TARGET)
-    plain = lower.build(case.module, assignment, case.quantizers, TARGET)
+    plain = case.built("w8a8")
     x = case.images[:1].numpy()
     y, twice, best = run(built, x)
     assert np.array_equal(y, run(plain, x))
@@ -270,13 +276,40 @@ def test_operators_of_several_tensors_and_outputs(case: Case) -> None:
     assert best.item() == twice.argmax()
 
 
+def test_tuples_are_refused_by_name(case: Case) -> None:
+    """A call of several results; a tuple that is bound to a variable before it is read."""
+
+    def halved(builder: Any, values: dict[str, Any]) -> Any:
+        if list(values)[-1] == "stem":
+            halves = builder.emit(relax.op.split(values["stem"], 2, axis=1), name_hint="halves")
+            values["stem"] = builder.emit(relax.op.concat([halves[1], halves[0]], axis=1))
+        return None
+
+    def paired(builder: Any, values: dict[str, Any]) -> Any:
+        if list(values)[-1] == "stem":
+            half = builder.emit(relax.op.strided_slice(values["stem"], [1], [0], [4]))
+            pair = builder.emit(relax.Tuple([half, half]), name_hint="pair")
+            values["stem"] = builder.emit(relax.op.concat(pair, axis=1), name_hint="twice")
+        return None
+
+    for change, text in (
+        (halved, r"tensor 'halves' of the Relax module: got .*a tensor of constant shape"),
+        (
+            paired,
+            r"variable 'pair' that 'twice' of the Relax module reads: got .*a tensor; a tuple",
+        ),
+    ):
+        module = rebuilt(case.module, change)
+        with pytest.raises(InputError, match=text):
+            lower.build(module, case.uniform("fp32"), case.quantizers, TARGET)
+
+
 # -- what is emitted -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fmt", MENU)
 def test_steps_are_what_is_emitted(case: Case, fmt: str) -> None:
-    assignment = case.uniform(fmt)
-    built = lower.build(case.module, assignment, case.quantizers, TARGET)
+    assignment, built = case.uniform(fmt), case.built(fmt)
     formats = {name: format_named(f) for name, f in assignment.items()}
     schedule = lower.steps(case.graph, formats, TARGET.vector_bytes)
     from hwmpq.kernels import glue
@@ -346,7 +379,7 @@ def test_a_kernel_can_be_chosen(case: Case) -> None:
     if len(found) < 2:
         pytest.skip(f"{TARGET.name} has one kernel for w4a8")
     x = case.images[:1].numpy()
-    default = lower.build(case.module, assignment, case.quantizers, TARGET)
+    default = case.built("w4a8")
     for kernel in found[1:3]:
         chosen = lower.build(
             case.module, assignment, case.quantizers, TARGET, kernels={"point": kernel.name}

@@ -4,6 +4,7 @@ then solved and explained; cells without a measured time, predicted or refused."
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -28,11 +29,14 @@ from hwmpq.predict import Predictor, Row, Settings
 from hwmpq.predict.analytic import work
 from hwmpq.quantizers import Quantizers
 from hwmpq.search.evaluate import evaluate, index_of
+from hwmpq.side_jobs import frontier
+from hwmpq.side_jobs.search import marginals
 from hwmpq.stages import latency, predicted
 from hwmpq.stages.choose import make_problem
 from hwmpq.stages.job import Silent, open_job
-from hwmpq.stages.latency import TIME_IS_UP, LatencyFacts, profile, table
+from hwmpq.stages.latency import TIME_IS_UP, LatencyFacts, profile
 from hwmpq.stages.menu import make_menu
+from hwmpq.stages.pricing import table
 from hwmpq.stages.result import layer_rows
 from hwmpq.types import Problem, Sensitivity, Transition, Workload
 
@@ -41,6 +45,17 @@ DIGITS_PARAMETERS = 55386
 LAYERS = ["conv", "depthwise", "fc"]
 PARAMETERS = 8 * 9 + 8 + 8 * 9 + 8 + 8 * 10 + 10
 FORMATS = ["fp32", "w8a8"]
+CRASHED = "crashed: SIGKILL in step 'check'"
+
+
+class Notes(Silent):
+    """Progress that keeps what was noted."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.taken.append(text)
 
 
 class Small(nn.Module):
@@ -80,7 +95,7 @@ def digits() -> Options:
 def one_worker() -> Iterator[None]:
     worker = SharedWorker()
     with pytest.MonkeyPatch.context() as patch, worker.worker:
-        for module in (latency, side_jobs):
+        for module in (latency, frontier):
             patch.setattr(module, "WorkerProcess", worker)
         yield
 
@@ -149,11 +164,60 @@ def test_profile_measures_once(options: Options, profiled: dict[str, Any]) -> No
     assert again["new_timings"] == 0 and again["latency_s"] == profiled["latency_s"]
 
 
+def test_a_failure_that_may_pass_is_tried_again(
+    options: Options, profiled: dict[str, Any], tmp_path: Path
+) -> None:
+    """A crash is measured again, once per run and with a notice; wrong numbers stay."""
+    place = str(tmp_path / "store.sqlite")
+    shutil.copy(str(options.store), place)
+    with Store.open(place) as store:
+        one, other, *_ = (row for row in store.rows() if row.measurement.format == "w8a8")
+        for row, error in ((one, CRASHED), (other, "wrong numbers: 3 of 10")):
+            failed = replace(row.measurement, samples_s=(), error=error)
+            store.put(failed, row.target, row.fingerprint, row.toolchain)
+    notes = Notes()
+    given = replace(options, calib_data=None, store=place)
+    again = side_jobs.profile_model(given, notes)
+    assert again["new_timings"] == 1
+    assert [*again["failures"].values()] == ["wrong numbers: 3 of 10"]
+    assert notes.taken == ["1 cells that crashed or timed out before are measured again"]
+    notes.taken.clear()
+    assert side_jobs.profile_model(given, notes)["new_timings"] == 0 and not notes.taken
+
+
+def test_a_failure_stands_where_nothing_is_measured(
+    options: Options, profiled: dict[str, Any], tmp_path: Path
+) -> None:
+    place = str(tmp_path / "store.sqlite")
+    shutil.copy(str(options.store), place)
+    with Store.open(place) as store:
+        row = store.rows()[0]
+        store.put(replace(row.measurement, samples_s=(), error=CRASHED), row.target)
+    job = open_job(replace(options, store=place), Silent())
+    with job.store:
+        facts = profile(job, make_menu(job.network, job.target, options.formats), measure=False)
+    assert [*facts.unknown.values()] == [CRASHED] and facts.new_timings == 0
+
+
 def test_sensitivity(options: Options, losses: dict[str, Any]) -> None:
     assert losses["layers"] == LAYERS and losses["estimator"] == "output-error"
     assert all(row[0] == 0 and 0 < row[1] < 1 for row in losses["loss"])
     elsewhere = side_jobs.sensitivity_model(replace(options, target="x86-amx"))
     assert elsewhere["loss"] == losses["loss"]  # kept: the target is no part of it
+    assert all(row[0] == 0 and 0 < row[1] < 1 for row in losses["loss_error"])
+    assert 0 < losses["layer_runs"] <= losses["layer_runs_without_reuse"]
+
+
+def test_a_loss_is_part_of_what_is_kept(options: Options) -> None:
+    usual, chosen = (
+        side_jobs.sensitivity_model(replace(options, sensitivity=name, loss=loss))
+        for name, loss in (("measured", ""), (None, "kl"))
+    )
+    assert (usual["estimator"], usual["metric"]) == ("measured", "cross-entropy")
+    assert (chosen["estimator"], chosen["metric"]) == ("measured", "kl")
+    assert chosen["loss"] != usual["loss"]
+    with pytest.raises(InputError, match="none: it does not look at a loss"):
+        side_jobs.sensitivity_model(replace(options, sensitivity="output-error", loss="kl"))
 
 
 def test_an_unknown_estimator(options: Options) -> None:
@@ -169,7 +233,7 @@ def test_search_solves_from_the_store_alone(
 ) -> None:
     smallest = side_jobs.search_model(replace(options, latency="fastest"))
     assert smallest["status"] == "optimal" and smallest["minimize"] == "latency_s"
-    found = side_jobs.search_model(replace(options, latency="9x", max_size="0.9x"))
+    found = side_jobs.search_model(replace(options, latency="9x", max_size="0.9x"), explain=True)
     assert found["status"] == "optimal" and set(found["assignment"]) == {*LAYERS}
     assert smallest["latency_s"] <= found["latency_s"] <= found["budget"]["latency_s"]
     assert found["nbytes"] <= found["budget"]["nbytes"] < 0.9 * 4 * PARAMETERS + 1
@@ -182,6 +246,9 @@ def test_search_solves_from_the_store_alone(
         (other,) = set(FORMATS) - {row["format"]}
         change = by_name[row["name"]][FORMATS.index(other)] - plan[row["name"]]
         assert row["marginal"][other]["loss"] == pytest.approx(change)
+        (step,) = row["steps"]
+        assert step["fmt"] == other
+        assert step["cost"] is None or step["cost"] >= -1e-12
 
 
 def test_search_with_a_drop(
@@ -223,11 +290,11 @@ def test_marginals_move_tied_layers_together() -> None:
         transitions=(Transition("b", "c", cost),), ties=(("a", "b"),),
     )  # fmt: skip
     choice = {"a": "fp32", "b": "fp32", "c": "w8a8"}
-    found = side_jobs.marginals(problem, choice)
+    found = marginals(problem, choice)
     assert found["a"] == {} == found["b"]  # with c in w8a8 nobody knows what b in w8a8 costs
     assert found["c"]["fp32"] == {"loss": -1.0, "latency_s": 2.0, "nbytes": 0.0, "bops": 0.0}
     choice["c"] = "fp32"
-    change = side_jobs.marginals(problem, choice)["b"]["w8a8"]
+    change = marginals(problem, choice)["b"]["w8a8"]
     assert change["loss"] == 2.0 and change["latency_s"] == 3.0 - 8.0
     whole = evaluate(problem, index_of(problem, choice)).of("latency_s")
     assert float(whole) == 15.0
@@ -240,7 +307,7 @@ def test_frontier(
     options: Options, profiled: dict[str, Any], losses: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(side_jobs, "JUDGED", 2)
+    monkeypatch.setattr(frontier, "JUDGED", 2)
     found = side_jobs.frontier_model(options)
     plans = found["frontier"]
     assert plans and found["new_timings"] == 0  # one, where w8a8 is not faster on this machine
@@ -350,7 +417,7 @@ def unmeasured(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "layers": lambda _, block: pytest.fail("a layer's cell was measured"),
     }
     for name, function in made_up.items():
-        monkeypatch.setattr(latency._Bench, name, function)
+        monkeypatch.setattr(latency.Bench, name, function)
     late = replace(options, store=str(tmp_path / "late.sqlite"), max_time=1e-6)
     job = open_job(late, Silent())
     with job.store:

@@ -23,6 +23,8 @@ COMMANDS = [
     *("run", "bench", "verify", "targets", "devices", "doctor", "report"),
     *("target probe", "target check", "cost-model train", "cost-model eval", "cost-model predict"),
     *("store ls", "store path", "store export", "store import", "store prune"),
+    *("store merge", "store remove"),
+    "store compare",
 ]
 PROBLEM = {
     "version": 1,
@@ -61,6 +63,53 @@ def test_help_teaches(cli: Any, command: str) -> None:
     text = " ".join(re.sub(r"[│╭╰─╮╯]", " ", out).split())
     assert f"Example: hwmpq {command}" in text
     assert "--json" in text and "--seed" in text
+
+
+def test_no_command_is_left_out() -> None:
+    def below(group: Any, prefix: str) -> list[str]:
+        found = []
+        for name, command in group.commands.items():
+            path = f"{prefix}{name}"
+            found += below(command, f"{path} ") if hasattr(command, "commands") else [path]
+        return found
+
+    import typer
+
+    from hwmpq.cli.app import app
+
+    assert sorted(below(typer.main.get_command(app), "")) == sorted(COMMANDS)
+
+
+#: Arguments that a command refuses while it works, where it has any that it can refuse.
+REFUSED = {
+    **dict.fromkeys(("quantize", "frontier", "sensitivity", "profile", "search"),
+                    "zoo:none --max-time soon"),
+    "inspect": "zoo:none --input-shape x", "solve": "none.json", "report": "none",
+    "compile": "zoo:none --assignment none.json", "bench": "none", "verify": "none",
+    "run": "none --input none.npy --output out.npy",
+    **dict.fromkeys(("target probe", "target check"), "none"),
+    **dict.fromkeys(("cost-model train", "cost-model eval"), "--target none"),
+    "cost-model predict": "zoo:none --target none", "store compare": "none-a none-b",
+    "store import": "none.jsonl", "store export": "a.jsonl --store none/none",
+    **dict.fromkeys(("store ls", "store prune"), "--store none/none"),
+    "store merge": "a.sqlite none-b", "store remove": "x --store none/none",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("how", ["usage", "work"])
+def test_a_failure_is_exactly_one_json_object(
+    cli: Any, command: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").write_text("a file where a folder is wanted")
+    given = REFUSED.get(command, "--seed one") if how == "work" else "--no-such-option"
+    code, out, err = cli(*command.split(), *given.split(), "--json")
+    told = json.loads(out)
+    assert code in (2, 7) and out.count("\n") == 1
+    assert (told["version"], told["status"]) == (1, "error")
+    assert set(told["error"]) == {"code", "what", "got", "allowed", "next"}
+    assert told["error"]["what"] and err.startswith("error: ") and "Traceback" not in err
 
 
 def test_help_lists_every_command_and_is_quick() -> None:
@@ -269,12 +318,22 @@ def test_store_commands(cli: Any, tmp_path: Path) -> None:
     told = json.loads(cli("store", "prune", "--store", place, "--json")[1])
     assert told["dropped"] == {"replaced by a newer row": 1} and not told["done"]
     told = json.loads(cli("store", "prune", "--yes", "--failed", "--store", place, "--json")[1])
-    assert told["done"] and Path(told["backup"]).is_file()
+    assert told["done"] and told["dropped"] == {"replaced by a newer row": 1, "failed": 1}
     with Store.open(place) as store:
         (left,) = store.measurements()
         assert left.latency_s == 2e-3
-    with Store.open(told["backup"]) as store:
-        assert len(store.measurements()) == 2
+    back = cli("store", "import", told["backup"], "--store", place, "--json")
+    assert json.loads(back[1])["rows"] == 2
+    assert json.loads(cli("store", "merge", place, other, "--json")[1])["rows"] == 0
+    assert cli("store", "merge", place, tmp_path / "none.sqlite")[0] == 2
+    with Store.open(other) as store:
+        store.put(Measurement("i", workload, "fp32", "x", 1, (1.0,)), "t", "m", origin="board")
+    for line, done, code in ((), False, 0), (("--yes",), True, 0), ((), False, 2):
+        found = cli("store", "remove", "board", *line, "--store", other, "--json")
+        assert found[0] == code
+        if code == 0:
+            told = json.loads(found[1])
+            assert (told["measurements"], told["facts"], told["done"]) == (1, 0, done)
     assert cli("store", "import", tmp_path / "none.jsonl", "--json")[0] == 2
 
 

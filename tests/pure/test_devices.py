@@ -22,7 +22,7 @@ def test_local_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(devices.platformdirs, "user_config_path", lambda name: tmp_path / "none")
     local = devices.load()
     assert (local.name, local.transport, local.prefix, local.cores) == ("local", "local", (), ())
-    assert local.lock.name == "local.lock"
+    assert (local.lock, local.start, local.remote) == ("", (), False)
 
 
 def test_the_users_file(file: Path) -> None:
@@ -32,7 +32,29 @@ def test_the_users_file(file: Path) -> None:
     )
     assert devices.load().cores == (1,)
     box = devices.load("box")
-    assert (box.prefix, box.lock, box.target) == (("nice",), Path("/tmp/box.lock"), "x86-avx2")
+    assert (box.prefix, box.lock, box.target) == (("nice",), "/tmp/box.lock", "x86-avx2")
+    assert box.start == ("env", "HWMPQ_TIMING_LOCK=/tmp/box.lock", "nice")
+
+
+def test_command_lines(file: Path) -> None:
+    """ssh and adb hand one line to a shell; an emulator gets the words as they are."""
+    file.write_text(
+        "version = 1\n"
+        '[devices.s]\ntransport = "ssh"\naddress = "me@box"\ncores = [2, 3]\npython = "/a b/py"\n'
+        '[devices.a]\ntransport = "adb"\n'
+        '[devices.b]\ntransport = "adb"\naddress = "0123"\n'
+        '[devices.e]\ntransport = "exec"\nprefix = ["qemu-aarch64", "-L", "/sys root"]\n'
+    )
+    words = ["-c", "a = 'x'; b"]
+    line = """taskset -c 2,3 '/a b/py' -c 'a = '"'"'x'"'"'; b'"""
+    assert devices.load("s").command(words)[-2:] == ["me@box", line]
+    assert devices.load("s").command(words)[0] == "ssh"
+    shell = ["shell", "-T", """python3 -c 'a = '"'"'x'"'"'; b'"""]
+    assert devices.load("a").command(words) == ["adb", *shell]
+    assert devices.load("b").command(words) == ["adb", "-s", "0123", *shell]
+    emulated = ["qemu-aarch64", "-L", "/sys root", "python3", *words]
+    assert devices.load("e").command(words) == emulated
+    assert all(devices.load(name).remote for name in "sabe")
 
 
 def test_unknown_device_names_the_nearest(file: Path) -> None:
@@ -47,6 +69,13 @@ def test_unknown_device_names_the_nearest(file: Path) -> None:
         ("version = 1\n[devices.b]\ncolour = 1", "device 'b' in .*: got colour: Unexpected"),
         ('version = 1\n[devices.b]\ntransport = "mail"', "transport: Input should be 'local'"),
         ('version = 1\n[devices.b]\ncores = ["1"]', "cores.0: Input should be a valid integer"),
+        ('version = 1\n[devices.b]\ntransport = "ssh"', "address: for ssh needed"),
+        ('version = 1\n[devices.b]\naddress = "x"', "address: for ssh needed"),
+        ('version = 1\n[devices.b]\ntransport = "exec"', "prefix: needed"),
+        (
+            'version = 1\n[devices.b]\ntransport = "ssh"\naddress = "-oProxyCommand=x"',
+            "not the name of a machine",
+        ),
         ('version = 1\n[devices.b]\nname = "c"', "The table names it"),
         ("version = 1\n[b]", "unknown key in device file .*: got b;"),
         ("version = 1\ndevices = 3", "NAME. tables"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from hwmpq.errors import InputError
-from hwmpq.graph import GLUE_OPS, LAYER_NODE_OPS, Graph, Node, network_of, workload_of
+from hwmpq.errors import InputError, UnknownName
+from hwmpq.graph import GLUE_OPS, LAYER_NODE_OPS, Graph, Node, cut, network_of, workload_of
 from hwmpq.quantize.interpret import OPS, evaluate, rebatch
 from hwmpq.types import Workload
 
@@ -71,6 +71,22 @@ def test_workloads_and_network() -> None:
     assert head == Workload.make("linear", m=1, k=4, n=5)
     assert net.edges == (("c", "d", ()), ("d", "h", ("m",)))
     assert (net.layer("c").parameters, net.layer("c").bias) == (108, 4)
+
+
+def test_cut() -> None:
+    whole = small()
+    part = cut(whole, ["d"])
+    assert [node.name for node in part.nodes] == ["c", "d"] and part.outputs == ("d",)
+    assert {*part.tensors} == {"x", "c", "d"}
+    assert {*part.constants} == {"c.weight", "c.bias", "d.weight"}
+    assert network_of(part).edges == (("c", "d", ()),)
+    x = {"x": torch.ones(1, 3, 8, 8)}
+    both = evaluate(cut(whole, ["d", "h"]), x)
+    assert torch.equal(evaluate(part, x)["d"], both["d"])
+    assert torch.equal(evaluate(whole, x)["h"], both["h"])
+    assert cut(whole, ["h", "c", "h"]).outputs == ("h", "c")
+    with pytest.raises(UnknownName, match=r"unknown node of the model: got 'dd'.*Nearest: d"):
+        cut(whole, ["c", "dd"])
 
 
 def test_matmul_workload() -> None:

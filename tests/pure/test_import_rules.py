@@ -24,7 +24,7 @@ LIGHT = {"numpy", "ml_dtypes", "safetensors", "pydantic", "platformdirs"}
 HEAVY = {
     "torch", "tvm", "tvm_ffi", "xgboost", "ortools", "scipy", "sklearn", "sqlalchemy", "plotly",
     "jinja2", "PIL", "typer", "rich", "ray", "onnx", "onnxruntime", "openvino", "timm",
-    "torchvision", "clarabel", "piqp", "osqp",
+    "torchvision", "optuna", "clarabel", "piqp", "osqp", "threadpoolctl", "pyarrow",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ class Rule:
     inside: frozenset[str] = frozenset()
 
 
-COMMON = words("types errors graph toolchain tensors")
+COMMON = words("types errors graph toolchain tensors tile_permission")
 NUMBERS = words("formats storage requantize quantizers resolve")
 FOUNDATION = COMMON | NUMBERS | words("targets devices data executor")
 KERNELS = FOUNDATION | {"kernels"}
@@ -58,10 +58,11 @@ RULES = {
     "types": Rule(words("errors")),
     "graph": Rule(words("types errors")),
     "toolchain": Rule(words("types errors")),
+    "tile_permission": Rule(words("errors")),
     "tensors": Rule(words("types errors")),
     "storage": Rule(COMMON),
     "formats": Rule(COMMON, inside=words("torch")),
-    "requantize": Rule(COMMON | {"storage"}, inside=words("torch")),
+    "requantize": Rule(COMMON | words("storage formats"), inside=words("torch")),
     "quantizers": Rule(COMMON | words("formats requantize")),
     "resolve": Rule(COMMON | NUMBERS),
     "targets": Rule(COMMON),
@@ -73,21 +74,28 @@ RULES = {
     "frontend": Rule(KERNELS | {"zoo"}, heavy=words("torch tvm"), inside=words("onnx")),
     "quantize": Rule(KERNELS, heavy=words("torch scipy")),
     "sensitivity": Rule(KERNELS | {"quantize"}, heavy=words("torch scipy")),
-    "measure": Rule(KERNELS | {"artifact"}, heavy=words("tvm tvm_ffi sqlalchemy")),
+    "measure": Rule(
+        KERNELS | {"artifact"}, heavy=words("tvm tvm_ffi sqlalchemy"), inside=words("pyarrow")
+    ),
     "predict": Rule(KERNELS | {"measure.store"}, heavy=words("xgboost")),
-    "search": Rule(FOUNDATION, heavy=words("scipy ortools"), inside=words("clarabel piqp osqp")),
+    "search": Rule(FOUNDATION, heavy=words("scipy ortools"), inside=words("threadpoolctl")),
     "artifact": Rule(FOUNDATION | {"tensors"}, heavy=words("tvm tvm_ffi")),
     "lower": Rule(KERNELS | {"artifact"}, heavy=words("tvm tvm_ffi")),
     "export": Rule(KERNELS, inside=words("torch onnx")),
+    # programs to be timed beside ours; the worker finds them by name, so measure needs no edge
+    "peers": Rule(
+        FOUNDATION | words("frontend export"), inside=words("torch onnx onnxruntime openvino")
+    ),
     "report": Rule(KERNELS, heavy=words("plotly jinja2")),
     "stages": Rule(KERNELS | STAGES | {"stages"}, inside=words("torch")),
-    "methods": Rule(METHODS, heavy=words("torch scipy")),
+    "methods": Rule(METHODS, heavy=words("torch scipy"), inside=words("optuna")),
     "pipeline": Rule(METHODS, inside=words("torch tvm")),
+    "api": Rule(METHODS | {"pipeline"}, inside=words("torch")),
     "side_jobs": Rule(METHODS | {"pipeline"}, inside=words("torch tvm")),
     "cli": Rule(
-        METHODS | {"pipeline", "side_jobs"},
+        METHODS | words("pipeline side_jobs peers"),
         heavy=words("typer rich"),
-        inside=words("torch tvm xgboost onnxruntime openvino"),
+        inside=words("torch tvm xgboost"),
     ),
 }  # fmt: skip
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from hwmpq.measure import WorkerProcess
-from hwmpq.pipeline import Bench, Clock, Facts
-from hwmpq.stages.facts import calibrate
+from hwmpq.stages.bench import Bench, Clock
+from hwmpq.stages.facts import Facts, calibrate
 from hwmpq.stages.job import Options, Silent, load_images, open_job
-from hwmpq.stages.latency import fit_overhead, price, profile
+from hwmpq.stages.latency import profile
 from hwmpq.stages.menu import make_menu
+from hwmpq.stages.pricing import fit_overhead, price
 from hwmpq.types import Sensitivity
 
 

@@ -1,0 +1,33 @@
+"""The source files that time kernels where hwmpq is not installed, unchanged: the worker and all
+that it imports. They need Python, numpy and TVM's runtime.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FILES = (
+    "__init__.py", "errors.py", "types.py", "tensors.py", "tile_permission.py", "toolchain.py",
+    "targets.py", "artifact/__init__.py", "artifact/folder.py", "artifact/golden.py",
+    "artifact/run.py", "measure/__init__.py", "measure/environment.py", "measure/frames.py",
+    "measure/gates.py", "measure/kernel.py", "measure/onsite.py", "measure/process.py",
+    "measure/protocol.py", "measure/public.py", "measure/runner.py", "measure/stats.py",
+    "measure/timing.py", "measure/worker.py",
+)  # fmt: skip
+
+
+def files() -> dict[str, bytes]:
+    """Path below the package's parent -> content."""
+    return {f"{_PACKAGE.name}/{name}": (_PACKAGE / name).read_bytes() for name in _FILES}
+
+
+def archive() -> bytes:
+    """All of them as a ZIP file that Python imports from; the same bytes for the same sources."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in files().items():
+            file.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return packed.getvalue()

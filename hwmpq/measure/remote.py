@@ -1,0 +1,117 @@
+"""A worker on another machine: it is sent its own program, then the files of every block of cells.
+
+The machine needs Python, numpy and TVM's runtime. Nothing is compiled there and nothing stays.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hwmpq.devices import Device
+from hwmpq.errors import DeviceError, InputError
+from hwmpq.measure import kit, onsite
+from hwmpq.measure.process import WorkerProcess
+
+#: The longest silence while a piece of a file is on its way, and its size in bytes.
+TRANSFER_DEADLINE_S = 60.0
+_PIECE_BYTES = 8 << 20
+#: Fields of a Cell that name a file or a folder.
+_FILES = ("library", "args", "expected", "loop", "path", "input")
+#: Reads the program from stdin, checks it, and hands over. Arguments: its bytes, SHA-256, settings.
+_BOOT = f"""
+import hashlib, os, sys, tempfile
+size, right = int(sys.argv[1]), sys.argv[2]
+data = b""
+while len(data) < size:
+    piece = os.read(0, size - len(data))
+    if not piece:
+        sys.exit("the worker program did not arrive")
+    data += piece
+if hashlib.sha256(data).hexdigest() != right:
+    sys.exit("the worker program arrived damaged")
+folder = tempfile.mkdtemp(prefix="{onsite.PREFIX}%d-" % os.getpid())
+os.environ["{onsite.FOLDER}"] = folder
+path = os.path.join(folder, "kit.zip")
+with open(path, "wb") as file:
+    file.write(data)
+sys.path.insert(0, path)
+from hwmpq.measure import worker
+worker.main(sys.argv[3:])
+""".strip()
+
+
+class RemoteWorker(WorkerProcess):
+    """As WorkerProcess, on a device that sees neither our files nor our hwmpq.
+
+    Files of the cells of a `time` call are sent first, each with its hash, into a private folder.
+    """
+
+    def __init__(
+        self, device: Device, log: Callable[[str], None] | None = None, *, threads: int = 1
+    ):
+        super().__init__(log=log, threads=threads)
+        program = kit.archive()
+        pairs = [f"{name}={value}" for name, value in self.settings.items()]
+        arguments = [str(len(program)), hashlib.sha256(program).hexdigest(), *pairs]
+        self.command = device.command(["-c", _BOOT, *arguments])
+        self.preamble = program
+        # No name twice: a library of a known name is not loaded again but the old one taken.
+        self._numbers = itertools.count()
+
+    def call(
+        self,
+        op: str,
+        payload: Mapping[str, Any],
+        deadline_s: float,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        if op == "time":
+            place = self._function("onsite:empty", {})["folder"]
+            cells = [self._sent(cell, place) for cell in payload["cells"]]
+            payload = {**payload, "cells": cells}
+        return super().call(op, payload, deadline_s, on_progress)
+
+    def describe(self) -> dict[str, Any]:
+        """See `onsite.describe`. Raises DeviceError also for an answer that cannot be one."""
+        found = self._function("onsite:describe", {})
+        name, features = found.get("fingerprint"), found.get("features")
+        if not (isinstance(name, str) and re.fullmatch(r"[\w-]{1,80}", name)):
+            raise DeviceError("fingerprint of the device", repr(name))
+        if not (isinstance(features, list) and all(isinstance(f, str) for f in features)):
+            raise DeviceError("features of the device", repr(features))
+        return found
+
+    def _function(self, name: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+        request = {"function": f"hwmpq.measure.{name}", "payload": payload}
+        return super().call("call", request, TRANSFER_DEADLINE_S)
+
+    def _sent(self, cell: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """The cell as the device finds it. Raises InputError for one that cannot go there."""
+        if cell["kind"] == "program":
+            raise InputError("a program of another runtime on a remote device", cell["function"])
+        there, number = dict(cell), next(self._numbers)
+        for field in filter(lambda name: cell[name], _FILES):
+            path = Path(cell[field])
+            name = f"{number}-{field}{path.suffix}"
+            if path.is_dir():
+                for file in sorted(path.iterdir()):
+                    self._put(file, f"{name}/{file.name}")
+            else:
+                self._put(path, name)
+            there[field] = f"{place}/{name}"
+        return there
+
+    def _put(self, path: Path, name: str) -> None:
+        data = path.read_bytes()
+        for begin in range(0, len(data) or 1, _PIECE_BYTES):
+            piece = data[begin : begin + _PIECE_BYTES]
+            request: dict[str, Any] = {"name": name, "data": base64.b64encode(piece).decode()}
+            if begin + _PIECE_BYTES >= len(data):
+                request["sha256"] = hashlib.sha256(data).hexdigest()
+            self._function("onsite:put", request)

@@ -1,0 +1,126 @@
+"""The hyperparameters of a plan's numbers, searched on a cheap proxy of its true loss.
+
+Proxy: the loss on a few held-out images, in chunks; a setting that does badly on the first ones is
+given up (Optuna's median pruner; settings are proposed by its tree-structured Parzen estimator,
+Bergstra et al., NeurIPS 2011). The best few by the proxy, the default and some of the others are
+then judged on all held-out images, and the best of those is taken; so the result is never worse
+than the default there, and the proxy's rank correlation with the full judgement is known.
+
+Each judged chunk is kept in the store, and the sampler is seeded: a run that was interrupted goes
+through the same trials again, but pays only for those it had not finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+from scipy import stats
+
+from hwmpq.methods.study import Judged, Setting, Study
+from hwmpq.quantize.ranges import Method as Ranges
+from hwmpq.types import Assignment
+
+if TYPE_CHECKING:
+    import optuna
+
+#: Trials of the proxy, chunks of it, and images of a chunk.
+TRIALS, CHUNKS, CHUNK = 24, 4, 16
+#: Settings that are judged in full: the best by the proxy, and others spread over the rest.
+BEST, SPREAD = 3, 3
+
+
+def search(study: Study, plan: Assignment) -> tuple[Setting, dict[str, Any]]:
+    """The best setting found for a plan, and how the search went."""
+    found = trials(study, plan)
+    scores = {setting: _mean(chunks) for setting, chunks in found.items()}
+    whole = {s: score for s, score in scores.items() if len(found[s]) == _chunks(study)}
+    full = {s: study.judge(plan, s) for s in _picked(whole)}
+    best = min(full, key=lambda s: full[s].loss)
+    return best, _report(found, scores, full)
+
+
+def trials(study: Study, plan: Assignment) -> dict[Setting, list[Judged]]:
+    """Setting -> the chunks it was judged on, fewer where it was given up; the default first."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    found: dict[Setting, list[Judged]] = {}
+
+    def objective(trial: optuna.Trial) -> float:
+        setting = suggested(trial)
+        chunks = found.setdefault(setting, [])
+        for k in range(_chunks(study)):
+            if k == len(chunks):
+                chunks.append(study.judge(plan, setting, k * CHUNK, (k + 1) * CHUNK))
+            value = _mean(chunks[: k + 1])
+            trial.report(value, k)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    def after(tuned: optuna.Study, _trial: object) -> None:
+        advance(1)
+        if not study.time_for():
+            tuned.stop()
+
+    sampler = optuna.samplers.TPESampler(seed=study.job.options.seed, n_startup_trials=8)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+    tuned = optuna.create_study(sampler=sampler, pruner=pruner)
+    tuned.enqueue_trial({"ranges": Setting().ranges, "search": Setting().search})
+    with study.job.progress.stage("proxy search", TRIALS) as advance:
+        tuned.optimize(objective, TRIALS, callbacks=[after])
+    return found
+
+
+def suggested(trial: optuna.Trial) -> Setting:
+    """The percentile matters, and is asked for, only where the ranges are cut at one."""
+    ranges: Ranges = trial.suggest_categorical("ranges", get_args(Ranges))
+    searched = trial.suggest_categorical("search", [True, False])
+    if ranges != "percentile":
+        return Setting(ranges, search=searched)
+    outside = trial.suggest_float("outside", 1e-3, 1.0, log=True)
+    return Setting(ranges, round(100 - outside, 4), searched)
+
+
+def _chunks(study: Study) -> int:
+    """Whole chunks that the held-out images give, one at least."""
+    return max(1, min(CHUNKS, study.images // CHUNK))
+
+
+def _mean(chunks: list[Judged]) -> float:
+    return float(np.average([c.loss for c in chunks], weights=[c.images for c in chunks]))
+
+
+def _picked(scores: Mapping[Setting, float]) -> list[Setting]:
+    """The default, the best ones, and some spread evenly over the rest."""
+    order = sorted(scores, key=lambda s: scores[s])
+    rest = order[BEST:]
+    spread = [rest[int(i)] for i in np.linspace(0, len(rest) - 1, min(SPREAD, len(rest)))]
+    return list(dict.fromkeys([Setting(), *order[:BEST], *spread]))
+
+
+def _report(
+    found: Mapping[Setting, list[Judged]], scores: Mapping[Setting, float],
+    full: Mapping[Setting, Judged],
+) -> dict[str, Any]:  # fmt: skip
+    """Rank correlation of proxy and full judgement; the cost of the search beside the same search
+    in full, whose seconds are those of the full judgements made, scaled to all settings.
+
+    Correlations are None where fewer than three settings, or equal ones, give no rank.
+    """
+    ours, truth = [scores[s] for s in full], [judged.loss for judged in full.values()]
+    ranked = len(full) > 2 and np.ptp(ours) > 0 and np.ptp(truth) > 0
+    chunks = [chunk for each in found.values() for chunk in each]
+    images = sum(c.images for c in chunks)
+    seconds = sum(c.seconds for c in chunks)
+    each = next(iter(full.values())).images
+    mean = float(np.mean([judged.seconds for judged in full.values()]))
+    return {
+        "settings": len(found), "judged_in_full": len(full),
+        "spearman": float(stats.spearmanr(ours, truth).statistic) if ranked else None,
+        "kendall": float(stats.kendalltau(ours, truth).statistic) if ranked else None,
+        "seconds": seconds, "image_passes": images,
+        "full_search_seconds": mean * len(found), "full_search_image_passes": each * len(found),
+    }  # fmt: skip

@@ -1,0 +1,194 @@
+"""What a method is given: facts, a solver, other estimators, and the true loss of any plan.
+
+True means measured: the exact simulator's mean loss on the held-out calibration images, less the
+float model's on the same images. Each value is kept in the store.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hwmpq.formats import format_named
+from hwmpq.quantize.judge import predict
+from hwmpq.quantize.ranges import Method as Ranges
+from hwmpq.quantize.scores import LOSSES, Batch, default_loss, find_score, source_key
+from hwmpq.quantize.simulate import Simulator
+from hwmpq.quantizers import Quantizers
+from hwmpq.search import solve
+from hwmpq.stages.choose import least_loss
+from hwmpq.stages.facts import PERCENTILE, RANGES, SENSITIVITY_VERSION, calibrate, sensitivities
+from hwmpq.stages.verify import float_logits
+from hwmpq.types import Problem, Sensitivity, Solution, digest
+
+if TYPE_CHECKING:
+    from hwmpq.stages.facts import Facts
+    from hwmpq.stages.job import Job
+
+#: Seconds that judging plans may take, where --max-time does not say.
+SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How numbers are calibrated. ranges, percentile: of activations; search: are the scales of
+    weights searched for, or do they reach to the largest weight?"""
+
+    ranges: Ranges = RANGES
+    percentile: float = PERCENTILE
+    search: bool = True
+
+
+@dataclass(frozen=True)
+class Judged:
+    """loss: true loss increase of a plan, mean over `images`; seconds: what judging it took."""
+
+    loss: float
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A plan, the numbers it is to be built with, and what there is to tell of the choice."""
+
+    solution: Solution
+    quantizers: Quantizers
+    told: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """choose: the facts and a problem -> the plan of least loss within its budgets.
+
+    estimators: those it can work with, its own first; () for any. solver: its own; None: ilp.
+    """
+
+    choose: Callable[[Study, Problem], Chosen]
+    estimators: tuple[str, ...] = ()
+    solver: str | None = None
+
+
+def by_estimate(study: Study, problem: Problem) -> Chosen:
+    """The solver's plan for the job's estimates; its true loss is told beside its objectives."""
+    found = study.solve(problem)
+    told = {
+        "objective": found.objective, "raw_objective": found.raw_objective,
+        "measured_loss": study.judge(found.choice).loss,
+    }  # fmt: skip
+    return Chosen(found, study.facts.quantizers, told)
+
+
+class Study:
+    """One job's facts, with what was asked about them so far."""
+
+    def __init__(self, job: Job, facts: Facts):
+        self.job, self.facts = job, facts
+        self.budget_s = job.options.max_time or SECONDS
+        self.spent_s = 0.0
+        self._made: tuple[str, Quantizers] | None = None
+        self._sensitivities: dict[str, Sensitivity] = {}
+        self._judged: dict[str, Judged] = {}
+        self._reference: torch.Tensor | None = None
+
+    @property
+    def images(self) -> int:
+        """Held-out images."""
+        return len(self.facts.images.holdout)
+
+    def solve(self, problem: Problem) -> Solution:
+        """By the job's solver. Raises InfeasibleError naming the best possible plans."""
+        return least_loss(self.job, problem)
+
+    def candidate(self, problem: Problem, solver: str, time_limit_s: float) -> Solution | None:
+        """A plan, or None where there is none within the budgets or the time."""
+        found = solve(problem, solver, time_limit_s, self.job.options.seed)
+        return found if found.choice else None
+
+    def with_losses_of(self, estimator: str, problem: Problem) -> Problem:
+        """The problem with another estimator's losses and pairs, of the default loss."""
+        if estimator not in self._sensitivities:
+            options = replace(self.job.options, sensitivity=estimator, loss="")
+            job, facts = replace(self.job, options=options), self.facts
+            self._sensitivities[estimator] = sensitivities(
+                job, facts.images, facts.menu, facts.quantizers
+            )
+        found = self._sensitivities[estimator]
+        assert problem.legal is not None
+        loss = np.where(problem.legal, found.loss, 0.0)
+        return replace(problem, loss=loss, pair_loss=found.pair_loss)
+
+    def quantizers(self, setting: Setting, assignment: Mapping[str, str]) -> Quantizers:
+        """The numbers of a plan, calibrated in this setting; the last ones are kept at hand."""
+        if setting == Setting():
+            return self.facts.quantizers
+        key = digest([asdict(setting), dict(assignment)])
+        if self._made is None or self._made[0] != key:
+            self._made = (key, self._calibrated(setting, assignment))
+        return self._made[1]
+
+    def _calibrated(self, setting: Setting, assignment: Mapping[str, str]) -> Quantizers:
+        facts, graph = self.facts, self.job.graph
+        menu = replace(facts.menu, formats=tuple(dict.fromkeys(assignment.values())))
+        found = calibrate(self.job, facts.images, menu, setting.ranges, setting.percentile)
+        if setting.search:
+            return found
+        reaching = {
+            (node.name, fmt.name): fmt.quantize_weight(graph.constants[node.params["weight"]])
+            for node in graph.layers
+            if node.op != "matmul"
+            for fmt in [format_named(assignment[node.name])]
+        }
+        return replace(found, weights={**found.weights, **reaching})
+
+    def judge(
+        self, assignment: Mapping[str, str], setting: Setting | None = None,
+        start: int = 0, stop: int | None = None,
+    ) -> Judged:  # fmt: skip
+        """The true loss of a plan on the held-out images, or on those from start to stop."""
+        stop = self.images if stop is None else min(stop, self.images)
+        setting = setting or Setting()
+        key = self._key(assignment, setting, start, stop)
+        if key not in self._judged:
+            kept = self.job.store.fact("judged", key)
+            if kept is None:
+                kept = list(self._judge(assignment, setting, start, stop))
+                self.job.store.put_fact("judged", key, kept)
+            self._judged[key] = Judged(float(kept[0]), stop - start, float(kept[1]))
+        return self._judged[key]
+
+    def time_for(self, count: int = 1) -> bool:
+        """Is there time to judge so many more plans, as long as judged ones took?"""
+        times = [judged.seconds for judged in self._judged.values()]
+        return self.spent_s + count * max(times, default=0.0) <= self.budget_s
+
+    def _key(self, assignment: Mapping[str, str], setting: Setting, start: int, stop: int) -> str:
+        images, options = self.facts.images, self.job.options
+        return digest(
+            [SENSITIVITY_VERSION, self.job.key, images.calib.digest, images.holdout.digest,
+             start, stop, dict(assignment), asdict(setting), source_key(options.loss)]
+        )  # fmt: skip
+
+    def _judge(
+        self, assignment: Mapping[str, str], setting: Setting, start: int, stop: int
+    ) -> tuple[float, float]:
+        """Loss increase and seconds."""
+        holdout, word = self.facts.images.holdout, self.job.options.loss
+        if self._reference is None:
+            self._reference = float_logits(self.job, holdout, "held-out images")
+        began = time.perf_counter()
+        part = holdout.subset(np.arange(start, stop))
+        simulator = Simulator(self.job.graph, assignment, self.quantizers(setting, assignment))
+        outputs = predict(simulator, part)
+        labels = None if part.labels is None else torch.from_numpy(part.labels)
+        batch = Batch(self._reference[start:stop], labels)
+        loss = find_score("loss", word, LOSSES) if word else default_loss(labels)
+        increase = float((loss(outputs, batch) - loss(batch.reference, batch)).mean())
+        seconds = time.perf_counter() - began
+        self.spent_s += seconds
+        return increase, seconds

@@ -1,0 +1,29 @@
+"""The jobs beside `quantize`, made of the same stages: look at a model, measure it, solve for it.
+
+inspect_model      what there is, and what may run where: no data, no device
+profile_model      seconds of every cell, into the store
+bundle_model       the cells packed for a machine out of reach
+import_times       seconds of cells from a table
+sensitivity_model  loss of every cell, into the store
+frontier_model     the whole curve, nothing compiled but the uniform artifacts
+search_model       one plan from what the store knows; measures and writes nothing
+compile_model      an artifact from an assignment
+"""
+
+from hwmpq.side_jobs.compile import compile_model
+from hwmpq.side_jobs.elsewhere import bundle_model, import_times
+from hwmpq.side_jobs.facts import profile_model, sensitivity_model
+from hwmpq.side_jobs.frontier import frontier_model
+from hwmpq.side_jobs.inspect import inspect_model
+from hwmpq.side_jobs.search import search_model
+
+__all__ = [
+    "bundle_model",
+    "compile_model",
+    "frontier_model",
+    "import_times",
+    "inspect_model",
+    "profile_model",
+    "search_model",
+    "sensitivity_model",
+]

@@ -1,0 +1,178 @@
+"""Plans compiled beside the uniform artifacts, and timed together with them in one worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hwmpq.artifact.golden import SAMPLES
+from hwmpq.measure import WorkerProcess
+from hwmpq.quantizers import Quantizers
+from hwmpq.stages import budget as budgets
+from hwmpq.stages.build import Made, make_artifact
+from hwmpq.stages.facts import Facts
+from hwmpq.stages.job import Job
+from hwmpq.stages.latency import LatencyFacts
+from hwmpq.stages.menu import Menu, uniform
+from hwmpq.stages.pricing import price
+from hwmpq.stages.timing import Timed, stored_times, time_artifacts, torch_eager_s
+from hwmpq.stages.verify import Accuracy, deployed_outputs, float_logits, measure_accuracy, score
+from hwmpq.types import Assignment
+
+#: Uniform artifacts that every plan is compared with, where the target runs them.
+BASELINES = ("fp32", "w8a8", "bf16")
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+
+def baseline_names(menu: Menu) -> list[str]:
+    """The uniform artifacts that the target can run."""
+    return [name for name in BASELINES if name in menu.formats or name == "fp32"]
+
+
+def limit_seconds(limit: budgets.Latency | None, timed: dict[str, Timed]) -> float | None:
+    """The budget in seconds, relative ones from the artifacts timed in the same run."""
+    if limit is None or limit.fastest:
+        return None
+    if limit.seconds is not None:
+        return limit.seconds
+    assert limit.ratio is not None
+    return limit.ratio * timed[limit.of].latency_s
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """A compiled plan and how it did."""
+
+    made: Made
+    predicted_s: float
+    timed: dict[str, Timed]
+    limit_s: float | None
+
+    @property
+    def own(self) -> Timed:
+        return self.timed["plan"]
+
+    @property
+    def within_limit(self) -> bool:
+        return self.limit_s is None or self.own.interval[1] <= self.limit_s
+
+    @property
+    def ambiguous(self) -> bool:
+        low, high = self.own.interval
+        return self.limit_s is not None and low <= self.limit_s < high
+
+    def better_than(self, other: Attempt) -> bool:
+        """Within the limit beats outside; outside, the faster one."""
+        if self.within_limit != other.within_limit:
+            return self.within_limit
+        return self.own.latency_s < other.own.latency_s
+
+
+class Bench:
+    """Compiles plans beside the uniform artifacts and times them together, in one worker.
+
+    statistic: of the times, as the budget names it.
+    """
+
+    def __init__(
+        self, job: Job, facts: Facts, clock: Clock, folder: Path, worker: WorkerProcess,
+        limit: budgets.Latency | None = None,
+    ):  # fmt: skip
+        self.job, self.facts, self.clock, self.folder = job, facts, clock, folder
+        self.worker, self.limit = worker, limit
+        self.statistic = limit.statistic if limit else "median"
+        count = min(SAMPLES, len(facts.images.calib))
+        self.samples = facts.images.calib.batch(range(count))
+        self.baselines: dict[str, Made] = {}
+        self.attempts = 0
+        self._reference: Any = None
+
+    def compile(self, assignment: Assignment, name: str, quantizers: Quantizers) -> Made:
+        with self.clock.time("compile"), self.job.progress.stage(f"compile {name}", None):
+            return make_artifact(self.job, assignment, quantizers, self.folder / name, self.samples)
+
+    def uniforms(self) -> dict[str, Assignment]:
+        """fp32 and the uniform assignments that the target can run."""
+        facts, network = self.facts, self.job.network
+        names = baseline_names(facts.menu)
+        return {name: uniform(facts.menu, network, name)[0] for name in names}
+
+    def add_baselines(self) -> None:
+        """Build the uniform artifacts, unless that was done."""
+        for name, assignment in self.uniforms().items():
+            if name not in self.baselines:
+                self.baselines[name] = self.compile(assignment, name, self.facts.quantizers)
+
+    def first_times(self) -> dict[str, Timed]:
+        """The baselines' times that the choice rests on."""
+        return stored_times(self.job, self.uniforms(), self.statistic, self.time)
+
+    def time(self, plan: Made | None = None) -> dict[str, Timed]:
+        """Time the baselines, and the plan, in one run."""
+        self.add_baselines()
+        folders = {name: made.path for name, made in self.baselines.items()}
+        if plan is not None:
+            folders["plan"] = plan.path
+        with self.clock.time("verify"), self.job.progress.stage("time the artifacts", None):
+            return time_artifacts(self.job, folders, self.statistic, self.worker)
+
+    def attempt(
+        self, assignment: Assignment, quantizers: Quantizers, latency: LatencyFacts
+    ) -> Attempt:
+        """Compile a plan and time it in one run with the baselines."""
+        made = self.compile(assignment, f"plan{self.attempts}", quantizers)
+        self.attempts += 1
+        timed = self.time(made)
+        predicted_s = price(self.job, assignment, latency)
+        return Attempt(made, predicted_s, timed, limit_seconds(self.limit, timed))
+
+    def reference(self) -> Any:
+        """The float model's outputs on the test images."""
+        if self._reference is None:
+            with self.clock.time("verify"):
+                self._reference = float_logits(self.job, self.facts.images.test, "the test images")
+        return self._reference
+
+    def accuracy(self, made: Made, quantizers: Quantizers) -> Accuracy:
+        """Of an artifact, on the test images."""
+        reference = self.reference()
+        with self.clock.time("verify"):
+            return measure_accuracy(
+                self.job, made.path, made.assignment, quantizers, self.facts.images.test, reference
+            )
+
+    def baseline_rows(self, timed: Mapping[str, Timed]) -> dict[str, dict[str, Any]]:
+        """Time, accuracy and size of each uniform artifact; others: layers in another format."""
+        test, reference, rows = self.facts.images.test, self.reference(), {}
+        with self.clock.time("verify"):
+            eager = torch_eager_s(self.job)
+            for name, made in self.baselines.items():
+                outputs = deployed_outputs(self.job, made.path, test, f"uniform {name}")
+                rows[name] = {
+                    "latency_s": timed[name].latency_s,
+                    "accuracy": score(self.job, outputs, reference, test),
+                    "nbytes": made.weight_bytes,
+                    "others": uniform(self.facts.menu, self.job.network, name)[1],
+                }
+        if eager is not None:
+            rows["fp32"]["vs_torch_eager"] = eager / timed["fp32"].latency_s
+        return rows

@@ -1,0 +1,121 @@
+"""How near every layer is to the machine's roof: MACs and bytes per second over measured peaks.
+
+    python tools/bench/roofline.py zoo:resnet18 [--formats fp32,w8a8 | --artifact DIR]
+
+Layer times are those of the store, measured where it lacks them; a peak is measured with the very
+instructions of the layer's kernel. Bytes: input, packed weights, residual and output, each once.
+roof: the least time that peak and bandwidth allow, weights coming from behind the L2, as in the
+timing of a cell; its share of the measured time says what is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hwmpq.artifact import read_manifest
+from hwmpq.cli.progress import reporter
+from hwmpq.errors import HwmpqError
+from hwmpq.formats import format_named
+from hwmpq.kernels import Kernel, best
+from hwmpq.measure.peaks import peak_macs_per_s, read_bandwidths
+from hwmpq.predict.analytic import work
+from hwmpq.stages.build import read_assignment
+from hwmpq.stages.job import Job, Options, open_job
+from hwmpq.stages.latency import LatencyFacts, profile
+from hwmpq.stages.menu import make_menu
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--weights")
+    parser.add_argument("--store", help="file or URL of the store (default: the user's)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--formats", default="fp32,w8a8", help="every layer in each of these")
+    what.add_argument("--artifact", type=Path, help="each layer in its format of this artifact")
+    what.add_argument("--assignment", type=Path, help="... of this file")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    try:
+        plan = None
+        if args.artifact:
+            plan = dict(read_manifest(args.artifact)["assignment"])
+        elif args.assignment:
+            plan = read_assignment(args.assignment)
+        formats = tuple(dict.fromkeys(plan.values() if plan else args.formats.split(",")))
+        progress = reporter()
+        job = open_job(Options(args.model, weights=args.weights, store=args.store), progress)
+        with job.store:
+            facts = profile(job, make_menu(job.network, job.target, formats))
+        with progress.stage("peaks", None):
+            levels = read_bandwidths(job.target)
+            bandwidth = {level.name: level.bytes_per_s for level in levels}
+            rows = list(_rows(job, facts, formats, plan, bandwidth))
+    except HwmpqError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for level in levels:
+        console.print(f"{level.name}: {level.bytes_per_s / 1e9:.1f} GB/s ({level.nbytes} bytes)")
+    console.print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def _rows(
+    job: Job, facts: LatencyFacts, formats: tuple[str, ...], plan: dict[str, str] | None,
+    bandwidth: dict[str, float],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One row per layer and format that has a time. Equal micro-kernels share a peak."""
+    peaks: dict[tuple[str, int], float] = {}
+    behind = bandwidth.get("L3", bandwidth["memory"])
+    for layer in job.network.layers:
+        for name in [plan[layer.name]] if plan else formats:
+            fmt, cell = format_named(name), facts.cell(layer.workload, name)
+            kernel: Kernel | None = best(layer.workload, fmt, job.target.features)
+            if kernel is None or cell is None or cell.error:
+                continue
+            micro = kernel.micro
+            key = (micro.name, micro.run_length(fmt))
+            if key not in peaks:
+                peaks[key] = peak_macs_per_s(micro, fmt, job.target)
+            done = work(layer.workload, fmt, kernel, job.target)
+            seconds = cell.latency_s
+            warm = (done.nbytes - done.weight_bytes) / bandwidth["L2"]
+            roof = max(done.macs / peaks[key], done.weight_bytes / behind + warm)
+            yield {
+                "layer": layer.name, "format": name, "kernel": kernel.name, "latency_s": seconds,
+                "macs_per_s": done.macs / seconds, "of_peak": done.macs / seconds / peaks[key],
+                "peak_macs_per_s": peaks[key], "bytes_per_s": done.nbytes / seconds,
+                "roof_s": roof, "of_roof": roof / seconds,
+                "bound": "multiplies" if roof == done.macs / peaks[key] else "bytes",
+            }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    found = Table()
+    for column in ("layer", "format", "kernel", "µs", "GMAC/s", "of peak", "GB/s", "of roof",
+                   "bound by"):  # fmt: skip
+        found.add_column(column, justify="right" if column in ("µs", "GMAC/s", "GB/s") else "left")
+    for row in rows:
+        found.add_row(
+            row["layer"], row["format"], row["kernel"], f"{1e6 * row['latency_s']:.1f}",
+            f"{row['macs_per_s'] / 1e9:.1f}", f"{100 * row['of_peak']:.0f} %",
+            f"{row['bytes_per_s'] / 1e9:.1f}", f"{100 * row['of_roof']:.0f} %", row["bound"],
+        )  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
