@@ -29,6 +29,7 @@ from hwmpq.errors import (
     UnknownName,
     UnsupportedModel,
 )
+from hwmpq.measure import exchange
 from hwmpq.measure.store import Store
 from hwmpq.pipeline import Options, Result, quantize_model
 from hwmpq.stages import latency
@@ -280,7 +281,7 @@ def test_disk_full_while_the_result_is_saved(
 def test_disk_full_while_a_time_is_saved(
     place: Place, worker: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Store, "_append_once", full)
+    monkeypatch.setattr(exchange, "content", full)
     words: dict[str, Any] = {"store": place.store, "out": place.out}
     text = "store .*No space left on device.*Make room.*what was saved is kept"
     place.refused(StoreError, text, 7, lambda: quantize_tiny(**words))

@@ -507,7 +507,7 @@ def test_shared_counts() -> None:
 def test_artifact_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """An artifact is anything with bench_callable(); the Python loop calls it as often as asked."""
     calls: list[int] = []
-    monkeypatch.setattr(timing, "_load_artifact", lambda cell: lambda: calls.append(1))
+    monkeypatch.setattr(timing, "_load_whole", lambda cell: (lambda: calls.append(1), {}))
     monkeypatch.setenv("TVM_NUM_THREADS", "1")
     payload = {"cells": [{"key": "a", "kind": "artifact", "path": "x"}], **QUICK.to_json()}
     notes: list[Mapping[str, Any]] = []
