@@ -54,7 +54,7 @@ def main() -> None:
         for i in range(words.plans):
             plan = {n: str(rng.choice(sorted(menu.kernels[n]))) for n in job.network.names}
             plans.append(plan)
-            bench.baselines[f"random{i}"] = bench.compile(plan, f"random{i}")
+            bench.baselines[f"random{i}"] = bench.compile(plan, f"random{i}", quantizers)
         timed = bench.time()
     uniform = [
         (made.assignment, timed[name].latency_s)
