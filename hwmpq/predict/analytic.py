@@ -8,7 +8,7 @@ nominal costs only need the right shape: their sizes are fitted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -17,7 +17,7 @@ from hwmpq.errors import InputError
 from hwmpq.formats import Format
 from hwmpq.kernels import Call, Kernel, Schedule, kernel_named
 from hwmpq.kernels.codes import memory_dtype
-from hwmpq.kernels.nests.gemm import Packing, blocks
+from hwmpq.kernels.nests.gemm import Packing, blocks, row_cycles
 from hwmpq.kernels.nests.image import Geometry
 from hwmpq.targets import Caches, Target
 from hwmpq.types import FloatArray, Workload
@@ -123,13 +123,14 @@ def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thread
     steps = g.kh * g.kw if depthwise else packing.steps
     pixels = g.n * oh * g.groups if not depthwise else g.n * oh
     rows = min(schedule.rows, ow)
-    # the last block of pixels of a depthwise row is smaller, all others overlap their neighbour
-    row_sizes = blocks(ow, rows) if depthwise else [(-(-ow // rows), rows)]
-    per_row = sum(
-        count_r * count_v * micro.cycles(r, v, fmt)
-        for count_r, r in row_sizes
-        for count_v, v in blocks(vectors, schedule.vectors)
-    )
+    if depthwise:  # the last block of pixels of a row is smaller
+        per_row = sum(
+            count_r * count_v * micro.cycles(r, v, fmt)
+            for count_r, r in blocks(ow, rows)
+            for count_v, v in blocks(vectors, schedule.vectors)
+        )
+    else:
+        per_row = row_cycles(ow, vectors, replace(schedule, rows=rows), micro, fmt)
     lanes_padded = vectors * micro.lanes * (1 if depthwise else g.groups)
     copied = _copied(call, kernel, g, packing, depthwise)
     weights = prod(workload.weight_shape)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hwmpq.formats import Format
 from hwmpq.kernels.decode import Decoder
 from hwmpq.kernels.epilogue import Run
 from hwmpq.kernels.ir import IR, Buffer, Expr
@@ -66,6 +67,15 @@ _PASS = 24 * 1024
 _PASS_PIXELS = 128
 
 
+def row_cycles(pixels: int, vectors: int, schedule: Schedule, micro: Micro, fmt: Format) -> float:
+    """Estimated cycles of one reduction step of a row; its last block of pixels is a whole one that
+    overlaps its neighbour."""
+    per_block = sum(
+        n * micro.cycles(schedule.rows, v, fmt) for n, v in blocks(vectors, schedule.vectors)
+    )
+    return -(-pixels // schedule.rows) * per_block
+
+
 def schedules(call: Call, micro: Micro) -> list[Schedule]:
     """Register blocks that fit × orders of the loops, by estimated cycles: small weights stay
     inside the row loop. Weights that are an activation have the one order."""
@@ -82,9 +92,7 @@ def schedules(call: Call, micro: Micro) -> list[Schedule]:
         for nj in (1, 2, 3, 4):
             if rows * nj + nj + micro.spare > micro.registers or nj > vectors:
                 continue
-            cost = -(-g.out[1] // rows) * sum(
-                n * micro.cycles(rows, v, call.format) for n, v in blocks(vectors, nj)
-            )
+            cost = row_cycles(g.out[1], vectors, Schedule(rows, nj), micro, call.format)
             found += [(cost * slower, Schedule(rows, nj, o)) for o, slower in orders.items()]
     found.sort(key=lambda item: (round(item[0], 6), -item[1].rows * item[1].vectors))
     return [schedule for _, schedule in found]
