@@ -25,7 +25,7 @@ from hwmpq.types import Execution, Workload, digest
 __all__ = ["Call", "Kernel", "Schedule", "best", "candidates", "kernel_named", "why_not"]
 
 #: Part of every cache key of a measured kernel: raise it when emitted code changes.
-CODEGEN_VERSION = 5
+CODEGEN_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def candidates(workload: Workload, fmt: Format, features: frozenset[str]) -> lis
             weight = decoder(fmt.weight.name, nest.weight_dtype(micro))
             assert weight is not None
             kernel = Kernel(nest, micro, weight)
-            found.append((_estimate(kernel, workload, fmt), kernel))
+            found.append((nest.estimate(workload, fmt, micro), kernel))
     return [k for _, k in sorted(found, key=lambda item: (item[0], item[1].name))]
 
 
@@ -157,9 +157,3 @@ def _reason(nest: Nest, micro: Micro, workload: Workload, fmt: Format) -> str | 
     if decoder(fmt.weight.name, nest.weight_dtype(micro)) is None:
         return f"no decoder from {fmt.weight.name} weights to {nest.weight_dtype(micro)}"
     return None
-
-
-def _estimate(kernel: Kernel, workload: Workload, fmt: Format) -> float:
-    """Cycles per multiply-accumulate on a 4 × 2 block: only used to order candidates."""
-    micro = kernel.micro
-    return micro.cycles(4, 2, fmt) / (8 * micro.lanes * micro.kstep) * micro.kstep

@@ -5,6 +5,8 @@ Codes and bit patterns are those of `hwmpq.formats`; `memory_dtype` is how they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.storage import is_integer
 
@@ -91,6 +93,30 @@ def quantize(
     code = ir.rint(value * s(INVERSE), lanes) + s(ZERO)
     low, high = (ir.const(b, "float32", lanes) for b in bounds)
     return ir.maximum(ir.minimum(code, high), low)
+
+
+def packed(ir: IR, steps: Sequence[Expr], zero: Expr, low: Expr, dtype: str) -> Expr:
+    """AVX2: bytes of up to four vectors of eight fp32 numbers, in order; with fewer, repeated.
+
+    A code is low at least and s8/u8(s16(rint(step)) + zero): converting to int32 rounds, packing
+    clamps. A step below the range of int32 is converted to its least number, so it too ends at
+    low; none may lie above the largest code less zero. zero: int16; low: of dtype, which is int8 or
+    uint8. Sources: Intel Intrinsics Guide, _mm256_cvtps_epi32, _mm256_packs_epi32,
+    _mm256_packus_epi16, _mm256_packs_epi16.
+    """
+    rounded = [
+        ir.let(ir.intrinsic("llvm.x86.avx.cvt.ps2dq.256", "int32x8", step)) for step in steps
+    ]
+    a, b, c, d = (rounded * 4)[:4]
+    halves = [
+        ir.intrinsic("llvm.x86.avx2.packssdw", "int16x16", *two) + ir.broadcast(zero, 16)
+        for two in ((a, b), (c, d))
+    ]
+    pack = "llvm.x86.avx2.packuswb" if dtype == "uint8" else "llvm.x86.avx2.packsswb"
+    codes = ir.maximum(ir.intrinsic(pack, f"{dtype}x32", *halves), ir.broadcast(low, 32))
+    # both packings work within halves of a register: words are those of a b c d a b c d
+    words = ir.let(ir.reinterpret(codes, "int32", 8))
+    return ir.reinterpret(ir.shuffle(words, [0, 4, 1, 5, 2, 6, 3, 7]), dtype, 32)
 
 
 def dequantize(ir: IR, code: Expr, q: Buffer, lanes: int) -> Expr:

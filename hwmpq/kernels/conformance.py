@@ -38,6 +38,8 @@ KINDS = (
 #: Formats with groups of weights, for the grid: short groups and ones that span taps.
 _GROUPED = ("w4.bf16.g8", "w3.fp16.g16", "e4m3.bf16.g64")
 EMULATED = "emulated intrinsic"
+#: Factors of an operator's sizes with their levels.
+_Sizes = tuple[tuple[str, tuple[Any, ...]], ...]
 
 _CHANNELS = (1, 3, 7, 17, 31, 33, 65)
 #: (top, left, bottom, right): 'same' is half the window, (0, 0, 1, 1) TensorFlow's at stride 2.
@@ -98,9 +100,11 @@ def subset(features: frozenset[str], formats: Iterable[str] = KINDS) -> list[Cas
         first: dict[str, str] = {}
         for kernel, fmt in _ways(op, features, formats):
             first.setdefault(kernel, fmt)
-        ways = list(first.items())
-        if ways:
-            rows = pairwise({"way": ways, **_SIZES[op], **_REST})
+        alike: dict[_Sizes, list[tuple[str, str]]] = {}
+        for way in first.items():
+            alike.setdefault(_sizes(op, way, features), []).append(way)
+        for sizes, ways in alike.items():
+            rows = pairwise({"way": ways, **dict(sizes), **_REST})
             found += [_case(op, row.pop("way"), row, i) for i, row in enumerate(rows)]
     return found
 
@@ -108,9 +112,15 @@ def subset(features: frozenset[str], formats: Iterable[str] = KINDS) -> list[Cas
 def grid(features: frozenset[str]) -> Iterator[Case]:
     """For every kernel × format × operator: every pair of levels of two other factors."""
     for op in LAYER_OPS:
-        rows = pairwise({**_SIZES[op], **_REST})
+        sizes: dict[str, _Sizes] = {}
+        rows: dict[_Sizes, list[dict[str, Any]]] = {}
         for way in _ways(op, features, (*known_formats(), *_GROUPED)):
-            for i, row in enumerate(rows):
+            if way[0] not in sizes:
+                sizes[way[0]] = _sizes(op, way, features)
+            key = sizes[way[0]]
+            if key not in rows:
+                rows[key] = pairwise({**dict(key), **_REST})
+            for i, row in enumerate(rows[key]):
                 yield _case(op, way, row, i)
 
 
@@ -187,6 +197,21 @@ def _ways(op: str, features: frozenset[str], formats: Iterable[str]) -> Iterator
     for name in formats:
         for kernel in candidates(probe, format_named(name), features):
             yield kernel.name, name
+
+
+def _sizes(op: str, way: tuple[str, str], features: frozenset[str]) -> _Sizes:
+    """The levels of the sizes that a kernel runs, each with the first ones of all others."""
+    kernel, fmt = way
+    first = {name: levels[0] for name, levels in _SIZES[op].items()}
+
+    def runs(name: str, level: Any) -> bool:
+        workload = _workload(op, {**first, name: level}, "")
+        return any(k.name == kernel for k in candidates(workload, format_named(fmt), features))
+
+    return tuple(
+        (name, tuple(level for level in levels if runs(name, level)))
+        for name, levels in _SIZES[op].items()
+    )
 
 
 def _case(op: str, way: tuple[str, str], row: Mapping[str, Any], seed: int) -> Case:

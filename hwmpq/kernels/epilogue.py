@@ -3,10 +3,8 @@
 Emits exactly `hwmpq.requantize.apply`; a test compares them bit by bit for every combination.
 A product that a sum follows is fenced: two roundings, as there.
 
-Where AVX2 makes unsigned codes of int32 sums, converting to int32 rounds and packing to bytes
-clamps from below: q = max(u8(s16(rint(min(y, hi − z))) + z), lo). What lies below the range of
-int32 is converted to its least number, so that it too ends at lo.
-Sources: Intel Intrinsics Guide, _mm256_cvtps_epi32, _mm256_packs_epi32, _mm256_packus_epi16.
+Where AVX2 makes unsigned codes of int32 sums, packing clamps (`codes.packed`):
+q = max(u8(s16(rint(min(y, hi − z))) + z), lo).
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from hwmpq.kernels.codes import from_f32, memory_dtype, to_f32
+from hwmpq.kernels.codes import from_f32, memory_dtype, packed, to_f32
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.requantize import HI, INV_OUT, LO, M_RES, Z_OUT, Z_RES
 from hwmpq.storage import is_integer
@@ -35,6 +33,7 @@ class EpilogueEmitter:
 
     integer: the accumulators are int32. scaled: a float accumulator is multiplied as well
     (attention's 1/√d). residual: encoding, '' = none. avx2: the micro-kernel is one of AVX2.
+    begun: int32 sums were begun with `first`, so they hold their bias.
     """
 
     integer: bool
@@ -47,6 +46,13 @@ class EpilogueEmitter:
     out_buffer: Buffer
     residual_buffer: Buffer | None
     avx2: bool
+    begun: bool = False
+
+    def first(self, ir: IR, channel: Expr, lanes: int) -> Expr:
+        """What the sums of a nest that is `begun` start from."""
+        if not self.integer:
+            return ir.const(0, "float32", lanes)
+        return ir.let(ir.load(self.bias, channel, lanes))
 
     def store_runs(self, ir: IR, runs: list[Run], lanes: int) -> None:
         """Finish and store runs of whole vectors: four at once are packed to bytes by AVX2, else
@@ -82,19 +88,11 @@ class EpilogueEmitter:
                 residual = self._residual(ir, vector.at, lanes, lanes)
             y = self._steps(ir, vector.sums[0], vector.channel, residual, lanes)
             top = ir.broadcast(ir.load(self.scalars, HI) - ir.load(self.scalars, Z_OUT), lanes)
-            return ir.intrinsic("llvm.x86.avx.cvt.ps2dq.256", "int32x8", ir.minimum(y, top))
+            return ir.minimum(y, top)
 
-        a, b, c, d = ([ir.let(whole(vector)) for vector in vectors] * 4)[:4]
-        zero = ir.broadcast(ir.cast(ir.load(self.scalars, Z_OUT), "int16"), 16)
-        low = ir.broadcast(ir.cast(ir.load(self.scalars, LO), "uint8"), 32)
-        halves = [
-            ir.intrinsic("llvm.x86.avx2.packssdw", "int16x16", *two) + zero
-            for two in ((a, b), (c, d))
-        ]
-        codes = ir.intrinsic("llvm.x86.avx2.packuswb", "uint8x32", *halves)
-        # both packings work within halves of a register: words are those of a b c d a b c d
-        words = ir.let(ir.reinterpret(ir.maximum(codes, low), "int32", 8))
-        return ir.reinterpret(ir.shuffle(words, [0, 4, 1, 5, 2, 6, 3, 7]), "uint8", 32)
+        zero = ir.cast(ir.load(self.scalars, Z_OUT), "int16")
+        low = ir.cast(ir.load(self.scalars, LO), "uint8")
+        return packed(ir, [whole(vector) for vector in vectors], zero, low, "uint8")
 
     def store(self, ir: IR, acc: Expr, channel: Expr, at: Expr, lanes: int, valid: int) -> None:
         """Finish `lanes` channels from `channel` on and store the first `valid` at out[at]."""
@@ -147,8 +145,9 @@ class EpilogueEmitter:
 
     def _product(self, ir: IR, acc: Expr, channel: Expr, lanes: int) -> Expr:
         """f32(acc + bias) · m, of an int32 sum."""
-        value = ir.cast(acc + ir.load(self.bias, channel, lanes), "float32", lanes)
-        return value * ir.load(self.multiplier, channel, lanes)
+        if not self.begun:
+            acc = acc + ir.load(self.bias, channel, lanes)
+        return ir.cast(acc, "float32", lanes) * ir.load(self.multiplier, channel, lanes)
 
     def _steps(self, ir: IR, acc: Expr, channel: Expr, residual: Expr, lanes: int) -> Expr:
         """An int32 sum, and the residual, in steps of the result. Not yet rounded without one."""

@@ -188,6 +188,15 @@ class IR:
         dtype = "float32" if lanes == 1 else f"float32x{lanes}"
         return self.intrinsic("llvm.fma", dtype, a, b, c)
 
+    def wrapping(self, operation: str, a: Expr, b: Expr, lanes: int) -> Expr:
+        """add, sub or mul of int32 vectors modulo 2^32: TVM tells LLVM that its own never overflow.
+
+        Source: LLVM Language Reference, llvm.vp.* intrinsics.
+        """
+        mask = self.const(1, "bool", lanes)
+        length = self.const(lanes, "int32")
+        return self.intrinsic(f"llvm.vp.{operation}", f"int32x{lanes}", a, b, mask, length)
+
     def ramp(self, lanes: int) -> Expr:
         """0, 1, 2 .. as int32."""
         return self._tir.Ramp(0, 1, lanes)

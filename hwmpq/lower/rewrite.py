@@ -75,11 +75,11 @@ class _Rewriter:
         from tvm import relax
 
         self.module, self.found, self.target, self.threads = module, found, target, threads
-        self.graph = found.graph
+        self.graph = quantizers.graph(found.graph)
         assignment = {n.name: found.attributes[n.name]["hwmpq.format"] for n in self.graph.layers}
         self.resolved = resolve(self.graph, assignment, quantizers)
         formats = {name: format_named(fmt) for name, fmt in assignment.items()}
-        self.schedule = steps(self.graph, formats, target.vector_bytes, threads)
+        self.schedule = steps(self.graph, formats, target, threads)
         self.builder = relax.BlockBuilder()
         self.values: dict[Ref, Any] = {}
         self.functions: dict[str, Any] = {}

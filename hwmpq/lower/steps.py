@@ -17,6 +17,7 @@ from hwmpq.kernels import Call
 from hwmpq.kernels.glue import GlueCall, Operand
 from hwmpq.lower.layout import PLAIN, layouts, required
 from hwmpq.storage import StoragePlan, keeps_encoding, plan
+from hwmpq.targets import Target
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,20 @@ class Schedule:
 
 
 def steps(
-    graph: Graph, formats: Mapping[str, Format], vector_bytes: int = 32, threads: int = 1
+    graph: Graph, formats: Mapping[str, Format], target: Target, threads: int = 1
 ) -> Schedule:
     """The steps of a graph. formats: layer -> Format."""
     storage = plan(graph, {n: (f.activation.name, f.weight.name) for n, f in formats.items()})
-    return _Walk(graph, formats, storage, vector_bytes, threads).run()
+    return _Walk(graph, formats, storage, target, threads).run()
 
 
 class _Walk:
     def __init__(
         self, graph: Graph, formats: Mapping[str, Format], storage: StoragePlan,
-        vector_bytes: int, threads: int,
+        target: Target, threads: int,
     ):  # fmt: skip
         self.graph, self.formats, self.plan = graph, formats, storage
-        self.vector_bytes, self.threads = vector_bytes, threads
+        self.target, self.threads = target, threads
         self.layout = layouts(graph)
         self.keeps = keeps_encoding(graph)
         self.ready: set[Ref] = set()
@@ -109,7 +110,8 @@ class _Walk:
     ) -> None:  # fmt: skip
         call = GlueCall(
             op, json.dumps(attrs, sort_keys=True), tuple(self._operand(r) for r in reads),
-            self._operand(out), shared, self.vector_bytes, self.threads,
+            self._operand(out), shared, self.target.vector_bytes, self.threads,
+            "avx2" in self.target.features,
         )  # fmt: skip
         self._add(Step(node, reads, out, call))
 

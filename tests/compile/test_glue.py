@@ -206,8 +206,9 @@ def run(child: Child, case: Case) -> tuple[Array, Array]:
     ]
     attrs = json.dumps(case.attrs, sort_keys=True)
     call = GlueCall(
-        case.op, attrs, tuple(operands[:-1]), operands[-1], case.shared, case.register, case.threads
-    )
+        case.op, attrs, tuple(operands[:-1]), operands[-1], case.shared, case.register,
+        case.threads, case.register >= 32,
+    )  # fmt: skip
     flat = [
         np.ascontiguousarray(x.transpose(o.order)).reshape(-1)
         for x, o in zip(codes, operands, strict=False)
@@ -297,6 +298,11 @@ def _rows() -> Iterator[Case]:
             attrs = {"eps": 1e-6}
             yield Case("layer_norm", (shape,), kinds[(i + 1) % 4], attrs, constants=parameter)
     yield Case("softmax", ((1, 3, 5, 5),), ("fp32", "u8"), {"axis": 3}, layouts="pp")
+    for count, size in ((11, 50), (17, 7), (3, 2500)):  # several blocks of rows, and a rest
+        parameter = {"weight": (size,), "bias": (size,)}
+        yield Case("softmax", ((count, size),), ("fp32", "u8"), {"axis": 1})
+        yield Case("layer_norm", ((count, size),), ("fp32", "u8"), {"eps": 1e-6},
+                   constants=parameter)  # fmt: skip
 
 
 def _windows() -> Iterator[Case]:
@@ -338,16 +344,24 @@ def _moves() -> Iterator[Case]:
     yield Case("encode", (image(33),), ("u8", "u8"))
     yield Case("encode", (image(33),), ("u8", "u4"))
     yield Case("encode", (image(33),), ("fp16", "bf16"))
+    for size, kind in ((8, "u8"), (23, "s8"), (41, "u8"), (64, "u4"), (100, "s8")):
+        for spread in (9.0, 1e30):  # on both sides of the largest and of the least code
+            yield Case("encode", ((size,),), ("fp32", kind), spread=spread)
 
 
 def _threaded() -> Iterator[Case]:
     """Large enough for a parallel loop."""
-    big = (1, 65, 17, 17)
+    big = (1, 65, 41, 41)
     yield Case("relu", (big,), ("u8", "u8"), shared=True, threads=2)
     yield Case("encode", (big,), ("fp32", "u8"), layouts="pn", threads=2)
     yield Case("softmax", ((100, 197),), ("fp32", "fp32"), {"axis": 1}, threads=2)
+    size = {"weight": (197,), "bias": (197,)}
+    yield Case("layer_norm", ((91, 197),), ("fp32", "u8"), {"eps": 1e-6}, threads=2,
+               constants=size)  # fmt: skip
     yield Case("max_pool2d", ((1, 65, 33, 33),), ("u8", "u8"), WINDOW, shared=True, threads=2)
-    yield Case("add", ((1, 33, 31, 17),) * 2, ("u8", "fp32", "u8"), threads=2)
+    for shape in (big, (1, 20, 97, 61)):  # the channels of the second are too few to share
+        yield Case("mean", (shape,), ("u8", "fp32"), {"axes": [2, 3], "keepdim": True}, threads=2)
+    yield Case("add", ((1, 33, 67, 43),) * 2, ("u8", "fp32", "u8"), threads=2)
 
 
 def _registers() -> Iterator[Case]:
@@ -358,6 +372,8 @@ def _registers() -> Iterator[Case]:
         yield Case("softmax", ((5, 197),), ("fp32", "fp32"), {"axis": 1}, **more)
         size = {"weight": (203,), "bias": (203,)}
         yield Case("layer_norm", ((5, 203),), ("fp32",) * 2, {"eps": 1e-6}, constants=size, **more)
+        yield Case("encode", ((203,),), ("fp32", "u8"), spread=9.0, **more)
+        yield Case("add", ((203,), (203,)), ("u8", "fp32", "u8"), spread=9.0, **more)
         for axes in ([2, 3], [1], [0, 1, 3]):
             attrs = {"axes": axes, "keepdim": True}
             yield Case("mean", ((2, 37, 5, 7),), ("fp32", "fp32"), attrs, **more)

@@ -23,7 +23,7 @@ from hwmpq.kernels.epilogue import EpilogueEmitter
 from hwmpq.kernels.ir import IR
 from hwmpq.kernels.micro.avx2_int import MaddBytes
 from hwmpq.kernels.micro.avx512_bf16 import DOT
-from hwmpq.kernels.nests import gemm
+from hwmpq.kernels.nests import gemm, winograd_loops
 from hwmpq.measure import Cell, Protocol, WorkerProcess, time_block
 from hwmpq.types import Workload
 
@@ -74,10 +74,28 @@ def test_reduction_in_several_passes(
     )  # fmt: skip
     x = format_named(fmt).activation.name
     call = Call(work, format_named(fmt), x, x, x)
-    kernel = candidates(work, call.format, HOST.features)[0]
+    found = candidates(work, call.format, HOST.features)
+    kernel = next(k for k in found if k.nest.name != "winograd")
     assert conf.check(conf.Case(kernel.name, call), HOST) is None
     if kernel.micro.name.startswith("avx2"):
         assert any(depths)
+
+
+@pytest.mark.skipif("avx2" not in HOST.features, reason="the winograd nest has a kernel of AVX2")
+@pytest.mark.parametrize("values", ["most", "least"])
+@pytest.mark.parametrize("schedule", ["best", "turned"])
+def test_winograd_is_exact_up_to_its_last_channel(
+    values: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest sums that it may make, and weights that are transformed piece by piece."""
+    monkeypatch.setattr(winograd_loops, "_PANEL", 32 * 1024)
+    work = Workload.make(
+        "conv2d", "bias+add+relu", n=2, h=5, w=6, cin=1840, cout=9, kh=3, kw=3, sh=1, sw=1, pt=1,
+        pl=1, pb=1, pr=1, dh=1, dw=1, groups=1,
+    )  # fmt: skip
+    call = Call(work, format_named("w8a8"), "u8", "u8", "u8")
+    case = conf.Case("winograd.avx2_madd16.s8", call, schedule, values)
+    assert conf.check(case, HOST) is None
 
 
 # conformance

@@ -311,7 +311,7 @@ def test_tuples_are_refused_by_name(case: Case) -> None:
 def test_steps_are_what_is_emitted(case: Case, fmt: str) -> None:
     assignment, built = case.uniform(fmt), case.built(fmt)
     formats = {name: format_named(f) for name, f in assignment.items()}
-    schedule = lower.steps(case.graph, formats, TARGET.vector_bytes)
+    schedule = lower.steps(case.graph, formats, TARGET)
     from hwmpq.kernels import glue
 
     said = []
@@ -332,7 +332,7 @@ def test_steps_are_what_is_emitted(case: Case, fmt: str) -> None:
 
 def test_integers_stay_integers_between_layers(case: Case) -> None:
     formats = {name: format_named("w8a8") for name in case.uniform("w8a8")}
-    schedule = lower.steps(case.graph, formats)
+    schedule = lower.steps(case.graph, formats, TARGET)
     stored = schedule.plan.stored
     assert {stored[n] for n in ("stem", "deep", "side")} == {"u8"}
     encoded = [s.writes.tensor for s in schedule.steps if s.is_encode]

@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from hwmpq import side_jobs
+from hwmpq import side_jobs, targets
+from hwmpq.formats import format_named
+from hwmpq.kernels import Call, best, glue
+from hwmpq.kernels.glue import GlueCall, Operand
 from hwmpq.pipeline import Options
+from hwmpq.types import Workload
 
 PROGRAM = """
 import os, sys, threading
@@ -39,15 +43,15 @@ print(get_global_func("runtime.NumThreads")(), all(same), os.sched_getaffinity(0
 
 
 class Wide(nn.Module):
-    """On 16×16 digits."""
+    """On 16×16 digits: the second convolution is worth two threads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, 64, 3, padding=1)
+        self.stem, self.conv = nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
         self.fc = nn.Linear(64, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+        return self.fc(torch.relu(self.conv(torch.relu(self.stem(x)))).mean((2, 3)))
 
 
 def wide() -> Wide:
@@ -63,7 +67,7 @@ def test_an_artifact_takes_its_threads(tmp_path: Path) -> None:
             calib_data="digits#train", calib=8, threads=threads,
             store=str(tmp_path / "store.sqlite"), out=str(tmp_path / str(threads)),
         )  # fmt: skip
-        side_jobs.compile_model(options, {"conv": "w8a8", "fc": "w8a8"})
+        side_jobs.compile_model(options, dict.fromkeys(("stem", "conv", "fc"), "w8a8"))
     settings = {k: v for k, v in os.environ.items() if "THREADS" not in k}
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "1"), str(tmp_path / "2")],
@@ -71,3 +75,25 @@ def test_an_artifact_takes_its_threads(tmp_path: Path) -> None:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["2", "2", "2", "True", "True"]
+
+
+@pytest.mark.parametrize(("channels", "parallel"), [(8, False), (64, True)])
+def test_a_short_layer_stays_in_one_thread(channels: int, parallel: bool) -> None:
+    sizes = {"n": 1, "h": 16, "w": 16, "cin": channels, "cout": channels, "kh": 3, "kw": 3}
+    rest = dict.fromkeys(("sh", "sw", "pt", "pl", "pb", "pr", "dh", "dw", "groups"), 1)
+    workload = Workload.make("conv2d", "bias", **sizes, **rest)
+    fmt = format_named("w8a8")
+    kernel = best(workload, fmt, targets.load("x86-avx2").features)
+    assert kernel is not None
+    text = kernel.emit(Call(workload, fmt, "u8", "u8", threads=2)).script()
+    assert ("T.parallel" in text) == parallel
+
+
+@pytest.mark.parametrize(("op", "elements", "parallel"), [
+    ("relu", 50_000, False), ("relu", 200_000, True), ("gelu", 10_000, False),
+    ("gelu", 50_000, True),
+])  # fmt: skip
+def test_short_glue_stays_in_one_thread(op: str, elements: int, parallel: bool) -> None:
+    x = Operand((elements,), "plain", "fp32")
+    text = glue.emit(GlueCall(op, "{}", (x,), x, False, threads=2)).script()
+    assert ("T.parallel" in text) == parallel

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hwmpq.errors import InputError
 from hwmpq.formats import reciprocal
 from hwmpq.kernels.codes import INVERSE, QUANTIZER, RATIO, SCALE, ZERO
+from hwmpq.kernels.threads import pays
 from hwmpq.requantize import Quantizer
 from hwmpq.storage import is_integer
 
@@ -68,7 +69,8 @@ class GlueCall:
     """op: one of graph.GLUE_OPS but 'constant', or 'encode' (re-encodes or re-lays one tensor).
 
     attrs: canonical JSON of the node's attrs. shared: the result keeps the input's encoding and
-    quantizer (codes are moved and compared, not rescaled). vector_bytes: width of a register.
+    quantizer (codes are moved and compared, not rescaled). vector_bytes: width of a register;
+    avx2: the target has these instructions.
     """
 
     op: str
@@ -78,6 +80,7 @@ class GlueCall:
     shared: bool
     vector_bytes: int = 32
     threads: int = 1
+    avx2: bool = False
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -90,6 +93,10 @@ class GlueCall:
             return ("b",) if len(self.inputs) == 1 else ()
         return _ROLES.get(self.op, ())
 
+    def pays(self, elements: int) -> bool:
+        """Whether a loop over so many elements is worth the thread pool."""
+        return pays(self.threads, elements * _CYCLES.get(self.op, _FEW_CYCLES))
+
     def role_size(self, role: str) -> int:
         """Elements of a parameter as the kernel gets it."""
         if role == "b":
@@ -101,6 +108,11 @@ class GlueCall:
         encoding = self.inputs[index].encoding
         return encoding == self.out.encoding and (self.shared or not is_integer(encoding))
 
+
+#: Cycles of an element, about: measured with AVX2 on data in the L2 cache. One for each that calls
+#: exp, one for all that do not.
+_CYCLES = dict.fromkeys(("gelu", "silu", "sigmoid", "tanh", "softmax", "layer_norm"), 2.0)
+_FEW_CYCLES = 0.3
 
 _ROLES = {"layer_norm": ("weight", "bias"), "batch_affine": ("scale", "shift")}
 

@@ -76,7 +76,7 @@ def unary(frame: Frame, function: Function) -> None:
         x = frame.value(0, at[0], lanes, steps[0])
         frame.put(at[1], function(frame.ir, x, attrs, lanes), lanes, steps[1])
 
-    walk(frame.ir, _space(frame), frame.wide, frame.call.threads, body)
+    walk(frame.ir, _space(frame), frame.wide, frame.call, body)
 
 
 def bounded(frame: Frame, function: Function) -> None:
@@ -104,7 +104,7 @@ def bounded(frame: Frame, function: Function) -> None:
         x = ir.maximum(x, ir.broadcast(low, lanes))
         ir.store(frame.out, at[1], x, lanes, steps[1])
 
-    walk(ir, _space(frame), dtype_lanes(call, dtype), call.threads, body)
+    walk(ir, _space(frame), dtype_lanes(call, dtype), call, body)
 
 
 def _with_constant(frame: Frame, join: Callable[[Expr, Expr], Expr]) -> None:
@@ -115,7 +115,7 @@ def _with_constant(frame: Frame, join: Callable[[Expr, Expr], Expr]) -> None:
         frame.put(at[2], join(frame.value(0, at[0], lanes, steps[0]), b), lanes, steps[2])
 
     space = _space(frame, [frame.call.out.strides])
-    walk(frame.ir, space, frame.wide, frame.call.threads, body)
+    walk(frame.ir, space, frame.wide, frame.call, body)
 
 
 def binary(frame: Frame, join: Callable[[Expr, Expr], Expr]) -> None:
@@ -128,7 +128,7 @@ def binary(frame: Frame, join: Callable[[Expr, Expr], Expr]) -> None:
         a, b = (frame.value(i, at[i], lanes, steps[i]) for i in range(2))
         frame.put(at[2], join(a, b), lanes, steps[2])
 
-    walk(frame.ir, _space(frame), frame.wide, frame.call.threads, body)
+    walk(frame.ir, _space(frame), frame.wide, frame.call, body)
 
 
 def add(frame: Frame) -> None:
@@ -151,13 +151,17 @@ def add(frame: Frame) -> None:
 
     low, high = frame.bounds
 
+    def joined(a: Expr, b: Expr, lanes: int) -> Expr:
+        if call.avx2 and lanes >= 8:
+            return frame.packed(a + b, lanes)
+        q = a + b + ir.broadcast(frame.scalar(ZERO), lanes)
+        return from_f32(ir, vmath.between(ir, q, low, high, lanes), call.out.encoding, lanes)
+
     def body(at: list[Expr], steps: tuple[int, ...], lanes: int) -> None:
         a, b = (term(i, at[i], lanes, steps[i]) for i in range(2))
-        q = a + b + ir.broadcast(frame.scalar(ZERO), lanes)
-        q = vmath.between(ir, q, low, high, lanes)
-        ir.store(frame.out, at[2], from_f32(ir, q, call.out.encoding, lanes), lanes, steps[2])
+        ir.store(frame.out, at[2], joined(a, b, lanes), lanes, steps[2])
 
-    walk(ir, _space(frame), 2 * frame.wide, call.threads, body)
+    walk(ir, _space(frame), frame.wide, call, body)
 
 
 def _scalar(ir: IR, vector: Buffer, index: int, lanes: int) -> Expr:
@@ -175,7 +179,7 @@ def batch_affine(frame: Frame) -> None:
         product = ir.fence(frame.value(0, at[0], lanes, steps[0]) * scale, lanes)
         frame.put(at[2], product + shift, lanes, steps[2])
 
-    walk(ir, _space(frame, [along]), frame.wide, frame.call.threads, body)
+    walk(ir, _space(frame, [along]), frame.wide, frame.call, body)
 
 
 _BOUNDED = ("relu", "clamp")

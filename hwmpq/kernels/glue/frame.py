@@ -7,10 +7,13 @@ from typing import Any
 
 from hwmpq.formats import encoding_named
 from hwmpq.kernels.codes import (
+    INVERSE,
     QUANTIZER,
+    ZERO,
     dequantize,
     from_f32,
     memory_dtype,
+    packed,
     quantize,
     to_f32,
 )
@@ -49,8 +52,9 @@ class Frame:
 
     @property
     def wide(self) -> int:
-        """fp32 lanes of two registers: their latencies overlap, their codes are packed together."""
-        return 2 * self.lanes
+        """fp32 lanes of four registers: they need not wait for each other, and codes of four are
+        packed together."""
+        return 4 * self.lanes
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -81,9 +85,28 @@ class Frame:
     def encode(self, value: Expr, lanes: int) -> Expr:
         """fp32 values -> what is stored of the result."""
         ir, out = self.ir, self.call.out.encoding
-        if is_integer(out):
-            value = quantize(ir, value, self.quantizers[-1], out, lanes, self.bounds)
+        if not is_integer(out):
+            return from_f32(ir, value, out, lanes)
+        if self.call.avx2 and lanes >= 8:
+            return self.packed(value * ir.broadcast(self.scalar(INVERSE), lanes), lanes)
+        value = quantize(ir, value, self.quantizers[-1], out, lanes, self.bounds)
         return from_f32(ir, value, out, lanes)
+
+    def packed(self, steps: Expr, lanes: int) -> Expr:
+        """The result's codes of fp32 numbers, not yet rounded, in its steps from the zero point on:
+        `codes.packed`, 32 at once."""
+        ir, (low, high) = self.ir, self.bounds
+        dtype, zero = memory_dtype(self.call.out.encoding), self.scalar(ZERO)
+        top = ir.broadcast(ir.const(high, "float32") - zero, lanes)
+        steps = ir.let(ir.minimum(steps, top))
+        eights = [ir.shuffle(steps, list(range(i, i + 8))) for i in range(0, lanes, 8)]
+        codes = [
+            packed(ir, eights[i : i + 4], ir.cast(zero, "int16"), ir.const(low, dtype), dtype)
+            for i in range(0, len(eights), 4)
+        ]
+        if lanes < 32:
+            return ir.shuffle(codes[0], list(range(lanes)))
+        return ir.concatenate([ir.let(c) for c in codes], 32)
 
     def put(self, at: Expr, value: Expr, lanes: int, stride: int = 1) -> None:
         """Store fp32 values as the result's elements."""

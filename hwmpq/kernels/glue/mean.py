@@ -46,7 +46,7 @@ def mean(frame: Frame) -> None:
             whole = _added(frame, terms, at[0], lanes, steps[0])
         frame.put(at[1], whole / ir.const(float(number), "float32", lanes), lanes, steps[1])
 
-    walk(ir, space, 1 if rows else frame.wide, call.threads, body)
+    walk(ir, space, 1 if rows else frame.wide, call, body, number)
 
 
 def _added(frame: Frame, terms: Space, at: Expr, lanes: int, stride: int) -> Expr:

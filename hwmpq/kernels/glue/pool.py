@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 from hwmpq.errors import InputError
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.kernels.glue.frame import Frame, dtype_lanes
-from hwmpq.kernels.glue.walk import pays, spans
+from hwmpq.kernels.glue.walk import spans
 from hwmpq.kernels.ir import IR, Expr
 from hwmpq.storage import is_integer
 
@@ -63,7 +64,7 @@ def max_pool2d(frame: Frame) -> None:
     def inside(at: Expr, size: int) -> Expr:
         return ir.let(ir.maximum(ir.minimum(at, size - 1), 0))
 
-    with g.pixels(ir, pays(call.threads, call.out.size)) as (image, top, left, out):
+    with g.pixels(ir, call.pays(call.out.size * prod(g.kernel))) as (image, top, left, out):
         rows = [inside(top + i, g.h) for i in range(g.kernel[0])]
         columns = [inside(left + j, g.w) for j in range(g.kernel[1])]
         pixels = [ir.let(((image * g.h + r) * g.w + c) * g.c) for r in rows for c in columns]
@@ -89,7 +90,7 @@ def avg_pool2d(frame: Frame) -> None:
         first = ir.let(ir.maximum(at, 0))
         return first, ir.let(ir.minimum(at + length, size) - first)
 
-    with g.pixels(ir, pays(call.threads, call.out.size)) as (image, top, left, out):
+    with g.pixels(ir, call.pays(call.out.size * prod(g.kernel))) as (image, top, left, out):
         row, rows = inside(top, g.kernel[0], g.h)
         column, columns = inside(left, g.kernel[1], g.w)
         corner = ir.let(((image * g.h + row) * g.w + column) * g.c)

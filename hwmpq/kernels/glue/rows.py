@@ -11,12 +11,14 @@ The order of a sum of n terms is fixed, whatever the target's registers (`added`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from hwmpq.errors import InputError
 from hwmpq.kernels.glue import vmath
 from hwmpq.kernels.glue.frame import Frame
-from hwmpq.kernels.glue.walk import pays, spans
+from hwmpq.kernels.glue.walk import spans
 from hwmpq.kernels.ir import IR, Expr
 
 #: (start, lanes) -> fp32 values of a row.
@@ -24,6 +26,8 @@ Read = Callable[[Expr, int], Expr]
 _LOWEST = -3.0e38
 #: Partial sums of a sum: a part of its definition.
 PARTIAL = 16
+#: Rows that are under way at once, and the most elements of them: half of the L1 cache.
+_UNDER_WAY, _NEAR = 8, 4096
 
 
 def partial_sums(terms: int) -> int:
@@ -54,67 +58,107 @@ def added(ir: IR, size: int, read: Read) -> Expr:
     return reduced(ir, size, PARTIAL, 0.0, lambda a, b: a + b, read)
 
 
-def _rows(frame: Frame, run: Callable[[Expr, int], None]) -> None:
-    """run(first element, size) for every row. Raises InputError for images."""
-    call = frame.call
+@dataclass(frozen=True)
+class Row:
+    """One of the rows that are under way: its number among them, and its first element."""
+
+    index: Expr
+    first: Expr
+
+
+Stage = Callable[[Row], None]
+
+
+def by_rows(frame: Frame, stages: Callable[[Frame, int, int], Sequence[Stage]]) -> None:
+    """Every stage over a few rows, then the next one: a row's last sums, each of which waits for
+    the one before, are hidden behind the next row.
+
+    stages: of (frame, rows under way, their length). Raises InputError for images.
+    """
+    call, ir = frame.call, frame.ir
     layouts = {call.inputs[0].layout, call.out.layout}
     if layouts != {"plain"}:
         raise InputError(f"layout of a {call.op}", ", ".join(sorted(layouts)), "plain")
     size = call.out.shape[-1]
     count = call.out.size // size
-    with frame.ir.loop(count, pays(call.threads, call.out.size)) as row:
-        run(row * size, size)
+    many = max(1, min(_UNDER_WAY, _NEAR // size, count))
+    with ir.loop(-(-count // many), call.pays(call.out.size)) as block:
+        start = block * many
+        if count % many:  # the last block shares rows with its neighbour
+            start = ir.let(ir.minimum(start, count - many))
+        for stage in stages(frame, many, size):
+            with ir.loop(many) as index:
+                stage(Row(index, (start + index) * size))
 
 
-def softmax(frame: Frame) -> None:
+def softmax(frame: Frame, many: int, size: int) -> Sequence[Stage]:
     """Largest value; exp of the distance to it, and their sum; the share of each."""
     ir, wide = frame.ir, frame.wide
+    tops, factors = (ir.local(many, "float32") for _ in range(2))
+    shares = ir.scratch(many * size, "float32")
 
-    def run(first: Expr, size: int) -> None:
-        top = reduced(
-            ir, size, wide, _LOWEST, ir.maximum, lambda at, n: frame.value(0, first + at, n)
-        )
-        shares = ir.scratch(size, "float32")
+    def largest(row: Row) -> None:
+        def read(at: Expr, n: int) -> Expr:
+            return frame.value(0, row.first + at, n)
 
-        def share(at: Expr, n: int) -> Expr:
-            distance = frame.value(0, first + at, n) - ir.broadcast(top, n)  # never above 0
-            distance = ir.maximum(distance, ir.const(vmath.EXP_RANGE[0], "float32", n))
-            value = ir.let(vmath.exp_within(ir, distance, n))
-            ir.store(shares, at, value, n)
-            return value
+        ir.store(tops, row.index, reduced(ir, size, wide, _LOWEST, ir.maximum, read))
 
-        whole = added(ir, size, share)
-        factor = ir.let(ir.const(1.0, "float32") / whole)
+    def shared(row: Row) -> None:
+        top = ir.let(ir.load(tops, row.index))
         for at, n, _ in spans(ir, size, wide):
-            frame.put(first + at, ir.load(shares, at, n) * ir.broadcast(factor, n), n)
+            distance = frame.value(0, row.first + at, n) - ir.broadcast(top, n)  # never above 0
+            distance = ir.maximum(distance, ir.const(vmath.EXP_RANGE[0], "float32", n))
+            value = vmath.exp_within(ir, distance, n)
+            ir.store(shares, row.index * size + at, value, n)
 
-    _rows(frame, run)
+    def summed(row: Row) -> None:
+        whole = added(ir, size, lambda at, n: ir.load(shares, row.index * size + at, n))
+        ir.store(factors, row.index, ir.const(1.0, "float32") / whole)
+
+    def divided(row: Row) -> None:
+        factor = ir.let(ir.load(factors, row.index))
+        for at, n, _ in spans(ir, size, wide):
+            share = ir.load(shares, row.index * size + at, n)
+            frame.put(row.first + at, share * ir.broadcast(factor, n), n)
+
+    return largest, shared, summed, divided
 
 
-def layer_norm(frame: Frame) -> None:
+def layer_norm(frame: Frame, many: int, size: int) -> Sequence[Stage]:
     """(x − mean) · (1 / sqrt(variance + eps)) · weight + bias; the variance in its own pass."""
     ir, wide, eps = frame.ir, frame.wide, frame.call.attributes["eps"]
+    means, factors = (ir.local(many, "float32") for _ in range(2))
+    count = ir.const(float(size), "float32")
 
-    def run(first: Expr, size: int) -> None:
-        count = ir.const(float(size), "float32")
-        mean = ir.let(added(ir, size, lambda at, n: frame.value(0, first + at, n)) / count)
+    def distance(row: Row, mean: Expr, at: Expr, n: int) -> Expr:
+        return frame.value(0, row.first + at, n) - ir.broadcast(mean, n)
 
-        def distance(at: Expr, n: int) -> Expr:
-            return frame.value(0, first + at, n) - ir.broadcast(mean, n)
+    def mean(row: Row) -> None:
+        whole = added(ir, size, lambda at, n: frame.value(0, row.first + at, n))
+        ir.store(means, row.index, whole / count)
+
+    def spread(row: Row) -> None:
+        middle = ir.let(ir.load(means, row.index))
 
         def squared(at: Expr, n: int) -> Expr:
-            d = ir.let(distance(at, n))
+            d = ir.let(distance(row, middle, at, n))
             return ir.fence(d * d, n)
 
         variance = added(ir, size, squared) / count
         root = ir.call("tirx.sqrt", "float32", variance + ir.const(eps, "float32"))
-        factor = ir.let(ir.const(1.0, "float32") / root)
+        ir.store(factors, row.index, ir.const(1.0, "float32") / root)
+
+    def normal(row: Row) -> None:
+        middle, factor = (ir.let(ir.load(of, row.index)) for of in (means, factors))
         for at, n, _ in spans(ir, size, wide):
             weight, bias = (ir.load(frame.params[role], at, n) for role in ("weight", "bias"))
-            normal = distance(at, n) * ir.broadcast(factor, n)
-            frame.put(first + at, ir.fence(normal * weight, n) + bias, n)
+            scaled = distance(row, middle, at, n) * ir.broadcast(factor, n)
+            frame.put(row.first + at, ir.fence(scaled * weight, n) + bias, n)
 
-    _rows(frame, run)
+    return mean, spread, normal
 
 
-EMITTERS: dict[str, Callable[[Frame], None]] = {"softmax": softmax, "layer_norm": layer_norm}
+EMITTERS: dict[str, Callable[[Frame], None]] = {
+    "softmax": partial(by_rows, stages=softmax),
+    "layer_norm": partial(by_rows, stages=layer_norm),
+}

@@ -11,16 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 
+from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.kernels.ir import IR, Expr
-
-#: Below this many elements the thread pool costs more than it gives.
-_PARALLEL = 16384
-
-
-def pays(threads: int, elements: int) -> bool:
-    """Whether a loop over so many elements is worth the thread pool."""
-    return threads > 1 and elements >= _PARALLEL
-
 
 #: body(at, strides, lanes): the index of the first element in each buffer, the step to the next
 #: lane in each, and how many lanes.
@@ -80,18 +72,22 @@ def spans(ir: IR, size: int, lanes: int) -> Iterator[tuple[Expr, int, int]]:
         yield size - lanes, lanes, lanes - size % lanes
 
 
-def walk(ir: IR, space: Space, lanes: int, threads: int, body: Body) -> None:
-    """Run the body over all elements; the outermost loop is parallel when that pays."""
+def walk(ir: IR, space: Space, lanes: int, call: GlueCall, body: Body, terms: int = 1) -> None:
+    """Run the body over all elements; the outermost loop is parallel when that pays.
+
+    terms: input elements that each of them stands for.
+    """
+    threads = call.threads
     *outer, inner = space.extents
     steps = tuple(s[-1] for s in space.strides)
-    parallel = pays(threads, prod(space.extents))
+    parallel = call.pays(prod(space.extents) * terms)
 
     def run(at: list[Expr], size: int) -> None:
         for start, n, _ in spans(ir, size, lanes):
             body([a + start * s for a, s in zip(at, steps, strict=True)], steps, n)
 
-    if parallel and not outer:
-        part = inner // threads // lanes * lanes
+    part = inner // threads // lanes * lanes
+    if parallel and not outer and part:
         with ir.loop(threads, parallel=True) as thread:
             run([o + thread * part * s for o, s in zip(space.offsets, steps, strict=True)], part)
         if inner > threads * part:

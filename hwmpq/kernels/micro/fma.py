@@ -33,6 +33,9 @@ class Fma(Micro):
 
 
 MICROS = (
-    Fma("avx2_fma", frozenset({"avx2", "fma"}), 8, 1, "float32", "float32", "float32", 16, 32),
+    Fma(
+        "avx2_fma", frozenset({"avx2", "fma"}), 8, 1, "float32", "float32", "float32", 16, 32,
+        spare=2,
+    ),
     Fma("avx512_fma", frozenset({"avx512f"}), 16, 1, "float32", "float32", "float32", 32, 64),
-)
+)  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -23,6 +23,7 @@ from hwmpq.kernels.decode import Decoder
 from hwmpq.kernels.epilogue import EpilogueEmitter
 from hwmpq.kernels.ir import IR, Buffer
 from hwmpq.kernels.micro import Micro
+from hwmpq.kernels.threads import pays
 from hwmpq.requantize import SCALARS
 from hwmpq.types import Workload
 
@@ -101,6 +102,10 @@ class Nest(ABC):
     def schedules(self, call: Call, micro: Micro) -> list[Schedule]:
         """Sensible schedules, best estimate first."""
 
+    def estimate(self, workload: Workload, fmt: Format, micro: Micro) -> float:
+        """Cycles per multiply-accumulate, to order kernels: those of a 4 × 2 block."""
+        return micro.cycles(4, 2, fmt) / (8 * micro.lanes * micro.kstep) * micro.kstep
+
     @abstractmethod
     def body(
         self, ir: IR, call: Call, micro: Micro, decoder: Decoder, schedule: Schedule, bufs: Buffers
@@ -154,8 +159,19 @@ def arguments(ir: IR, nest: Nest, call: Call, micro: Micro, decoder: Decoder) ->
     return Buffers(x, weight, scalars, epilogue, scales)
 
 
+def least_cycles(call: Call, micro: Micro) -> float:
+    """Estimated cycles of one thread that does nothing but multiply; of a grouped convolution those
+    of one group, each of which is a parallel loop of its own."""
+    w = call.workload
+    block = 4 * 2 * micro.lanes * micro.kstep
+    loops = w["groups"] if w.op == "conv2d" else 1
+    return w.macs / loops / block * micro.cycles(4, 2, call.format)
+
+
 def emit(nest: Nest, call: Call, micro: Micro, decoder: Decoder, schedule: Schedule) -> Any:
-    """The PrimFunc of a kernel."""
+    """The PrimFunc of a kernel; what is over too soon for the thread pool keeps to one thread."""
+    if not pays(call.threads, least_cycles(call, micro)):
+        call = replace(call, threads=1)
     ir = IR()
     with ir.function():
         buffers = arguments(ir, nest, call, micro, decoder)

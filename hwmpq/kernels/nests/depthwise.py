@@ -32,7 +32,7 @@ from hwmpq.types import Workload
 #: Vectors of channels taken at a time at most, and bytes that shall stay in the first-level cache.
 _CHUNK, _RESIDENT = 8, 24 * 1024
 #: Rows of the result over an edge of the image that are emitted one by one, at most.
-_EDGE = 4
+EDGE = 4
 
 
 class Depthwise(Nest):
@@ -148,7 +148,7 @@ class _Emitter:
         ragged = g.cin % self.micro.lanes != 0
         place = _Image(self.bufs.x, dtype, g.h, g.w, g.pt, g.pl)
         edge = g.out[0] - len(place.inner_rows(g))
-        if memory_dtype(x) == dtype and not ragged and edge <= _EDGE:
+        if memory_dtype(x) == dtype and not ragged and edge <= EDGE:
             return place
         buffer = copy_padded(self.ir, g, self.bufs, x, dtype, self.micro.vector_bytes, force=ragged)
         return _Image(buffer, dtype, *g.padded, 0, 0)

@@ -5,13 +5,14 @@ kw · cin elements of one row (no dilation, no groups), else cin / groups elemen
 segment is read `kstep` elements at a time; weights are packed in exactly that order, `lanes`
 output channels in a vector, zeros where a segment or the channels are not a multiple.
 
-Input is read in place where possible (nests/image.py).
+Input is read in place where possible (nests/image.py). A block of pixels is a run of all output
+pixels, over the ends of rows and images: each of its pixels has a corner of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from hwmpq.kernels.nests.image import Geometry, copy_padded
 from hwmpq.kernels.nests.operand import Operand
 from hwmpq.kernels.nests.panel import panel
 from hwmpq.requantize import Z_IN
+from hwmpq.types import Workload
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,14 @@ _PASS = 24 * 1024
 _PASS_PIXELS = 128
 
 
+def pixels_of(workload: Workload) -> int:
+    """Pixels that share their weights: all, in a matmul those of one image."""
+    g = Geometry.of(workload)
+    return g.out[0] * g.out[1] * (g.n if workload.has_weight else 1)
+
+
 def row_cycles(pixels: int, vectors: int, schedule: Schedule, micro: Micro, fmt: Format) -> float:
-    """Estimated cycles of one reduction step of a row; its last block of pixels is a whole one that
+    """Estimated cycles of one reduction step of a run of pixels; its last block is a whole one that
     overlaps its neighbour."""
     per_block = sum(
         n * micro.cycles(schedule.rows, v, fmt) for n, v in blocks(vectors, schedule.vectors)
@@ -88,11 +96,12 @@ def schedules(call: Call, micro: Micro) -> list[Schedule]:
     elif weights > _RESIDENT:
         orders = {"vectors": 1.0, "rows": _TURNED}
     found: list[tuple[float, Schedule]] = []
-    for rows in range(1, min(14, g.out[1]) + 1):
+    pixels = pixels_of(call.workload)
+    for rows in range(1, min(14, pixels) + 1):
         for nj in (1, 2, 3, 4):
             if rows * nj + nj + micro.spare > micro.registers or nj > vectors:
                 continue
-            cost = row_cycles(g.out[1], vectors, Schedule(rows, nj), micro, call.format)
+            cost = row_cycles(pixels, vectors, Schedule(rows, nj), micro, call.format)
             found += [(cost * slower, Schedule(rows, nj, o)) for o, slower in orders.items()]
     found.sort(key=lambda item: (round(item[0], 6), -item[1].rows * item[1].vectors))
     return [schedule for _, schedule in found]
@@ -108,28 +117,31 @@ class Emitter:
         self.schedule, self.bufs = schedule, bufs
         self.g = Geometry.of(call.workload)
         self.p = Packing.of(self.g, micro, decoder.unit)
+        self.epilogue = replace(bufs.epilogue, begun=True)
         self.run = micro.run_length(call.format)
         self.parallel = call.threads > 1
+        self.pixels = pixels_of(call.workload)
+        #: pixels of a block
+        self.rows = min(schedule.rows, self.pixels)
         self.sums: Buffer | None = None
 
     def emit(self) -> None:
         self.source = self._input()
-        self.height, self.width = self.g.padded
         if not self.call.workload.has_weight:
             with self.ir.loop(self.g.n, self.parallel) as image:
                 # one parallel loop only: TVM's threads do not nest
                 for vector, count in self._vector_blocks(parallel=self.parallel and self.g.n == 1):
                     weight = self._operand(image, vector, count)
-                    self._pixels(0, image, 0, vector, count, partial(weight, 0))
+                    for _, pixel in self._pixel_blocks():
+                        at = image * self.pixels + pixel
+                        self._block(0, at, vector, count, partial(weight, 0))
             return
-        by_rows = self.schedule.order == "rows"
-        oh, _ = self.g.out
         with self.ir.loop(self.g.groups) as group:
-            if by_rows:
+            if self.schedule.order == "rows":
                 weight = self._weights(group, 0, self.p.vectors)
-                with self.ir.loop(self.g.n) as image, self.ir.loop(oh, self.parallel) as row:
+                for _, pixel in self._pixel_blocks(self.parallel):
                     for vector, count in self._vector_blocks():
-                        self._pixels(group, image, row, vector, count, partial(weight, vector))
+                        self._block(group, pixel, vector, count, partial(weight, vector))
             else:
                 for vector, count in self._vector_blocks(self.parallel):
                     self._passes(group, vector, count)
@@ -189,45 +201,38 @@ class Emitter:
     def _passes(self, group: Expr, vector: Expr, count: int) -> None:
         """All pixels of a block of vectors. Weights that the L1 cache cannot hold are multiplied
         stretch by stretch of the reduction; the sums of all pixels wait in memory meanwhile."""
-        ir, m, p, (oh, ow) = self.ir, self.micro, self.p, self.g.out
+        ir, m, p = self.ir, self.micro, self.p
         depth = self._depth(count)
         if depth == p.steps:
             weight = partial(self._weights(group, vector, count), 0)
-            with ir.loop(self.g.n) as image, ir.loop(oh) as row:
-                self._pixels(group, image, row, vector, count, weight)
+            for _, pixel in self._pixel_blocks():
+                self._block(group, pixel, vector, count, weight)
             return
         size = self.rows * count * m.lanes
-        total = self.g.n * oh * -(-ow // self.rows) * size
-        sums = ir.scratch(total, m.acc_dtype)
-        ir.fill(sums, 0, total, ir.const(0, m.acc_dtype), m.acc_dtype)
-
-        def blocks_of_image() -> Iterator[tuple[tuple[Expr, Expr, Expr], Expr]]:
-            with ir.loop(self.g.n) as image, ir.loop(oh) as row:
-                for block, column in self._columns():
-                    index = (image * oh + row) * -(-ow // self.rows) + block
-                    yield (image, row, column), index * size
-
+        sums = ir.scratch(-(-self.pixels // self.rows) * size, m.acc_dtype)
+        with ir.loop(-(-self.pixels // self.rows)) as block:
+            self._begin(sums, block * size, group, vector, count)
         for tap, offset in self._taps():
             with ir.loop(p.per_segment // depth) as piece:
                 begin = piece * depth
                 step = tap * p.per_segment + begin
                 weight = partial(self._weights(group, vector, count, step, depth), 0)
-                for pixel, at in blocks_of_image():
-                    acc = ir.local(size, m.acc_dtype)
+                for block, pixel in self._pixel_blocks():
+                    acc, at = ir.local(size, m.acc_dtype), block * size
                     for i in range(0, size, m.lanes):
                         ir.store(acc, i, ir.load(sums, at + i, m.lanes), m.lanes)
-                    corner = self._corner(group, pixel, offset) + begin * m.kstep
-                    self._reduce(acc, corner, 0, depth, self.rows, count, weight)
+                    corners = self._corners(group, pixel)
+                    self._reduce(acc, corners, offset + begin * m.kstep, 0, depth, count, weight)
                     for i in range(0, size, m.lanes):
                         ir.store(sums, at + i, ir.load(acc, i, m.lanes), m.lanes)
-        for pixel, at in blocks_of_image():
-            self._finish(sums, at, group, pixel, vector, count)
+        for block, pixel in self._pixel_blocks():
+            self._finish(sums, block * size, group, pixel, vector, count)
 
     def _depth(self, count: int) -> int:
         """Reduction steps of one pass: all, or the largest equal part of a segment that fits and
         that the decoder can begin with."""
-        p, (oh, ow) = self.p, self.g.out
-        if self.g.n * oh * ow < _PASS_PIXELS:
+        p = self.p
+        if self.pixels < _PASS_PIXELS:
             return p.steps
         step = count * p.width * WIDTH[self.micro.w_dtype]
         if p.steps * step <= _PASS or p.steps != p.per_segment * len(self.g.taps):
@@ -240,125 +245,120 @@ class Emitter:
         # shorter stretches would read and write the sums too often
         return max(fit) if fit and max(fit) * step * 4 >= _PASS else p.steps
 
-    @property
-    def rows(self) -> int:
-        """Pixels of a block."""
-        return min(self.schedule.rows, self.g.out[1])
+    def _pixel_blocks(self, parallel: bool = False) -> Iterator[tuple[Expr, Expr]]:
+        """(index, first pixel) of the blocks. The last one ends with the pixels: what it shares
+        with its neighbour is computed twice, and the block's code exists once."""
+        size = self.rows
+        with self.ir.loop(-(-self.pixels // size), parallel) as block:
+            pixel = block * size
+            if self.pixels % size:
+                pixel = self.ir.minimum(pixel, self.pixels - size)
+            yield block, pixel
 
-    def _columns(self, parallel: bool = False) -> Iterator[tuple[Expr, Expr]]:
-        """(index, first pixel) of the blocks of an output row. The last one ends with the row: what
-        it shares with its neighbour is computed twice, and the block's code exists once."""
-        ow, size = self.g.out[1], self.rows
-        with self.ir.loop(-(-ow // size), parallel) as block:
-            column = block * size
-            if ow % size:
-                column = self.ir.let(self.ir.minimum(column, ow - size))
-            yield block, column
-
-    def _pixels(
-        self, group: Expr, image: Expr, row: Expr, vector: Expr, count: int, weight: Any
-    ) -> None:
-        """One output row."""
-        flat = self.g.out[0] == 1 and self.call.workload.has_weight
-        for _, column in self._columns(self.parallel and self.schedule.order == "rows" and flat):
-            self._block(group, (image, row, column), vector, count, weight)
-
-    def _block(
-        self, group: Expr, pixel: tuple[Expr, Expr, Expr], vector: Expr, count: int, weight: Any
-    ) -> None:
-        ir, m = self.ir, self.micro
-        acc = ir.local(self.rows * count * m.lanes, m.acc_dtype)
-        for i in range(self.rows * count):
-            if self.sums is None:
-                start = ir.const(0, m.acc_dtype, m.lanes)
-            else:
-                start = ir.load(self.sums, i % count * m.lanes, m.lanes)
-            ir.store(acc, i * m.lanes, start, m.lanes)
+    def _block(self, group: Expr, pixel: Expr, vector: Expr, count: int, weight: Any) -> None:
+        acc = self.ir.local(self.rows * count * self.micro.lanes, self.micro.acc_dtype)
+        self._begin(acc, 0, group, vector, count)
+        corners = self._corners(group, pixel)
         length = self.p.per_segment
         for index, offset in self._taps():
-            corner = self._corner(group, pixel, offset)
-            self._reduce(acc, corner, index * length, length, self.rows, count, weight)
+            self._reduce(acc, corners, offset, index * length, length, count, weight)
         self._finish(acc, 0, group, pixel, vector, count)
 
-    def _corner(
-        self, group: Expr, pixel: tuple[Expr, Expr, Expr], offset: tuple[Expr, Expr]
-    ) -> Expr:
-        """Where a segment of a pixel begins in the input."""
-        g, (image, row, column), (dy, dx) = self.g, pixel, offset
-        line = image * self.height + row * g.sh + dy
-        return (line * self.width + column * g.sw + dx) * g.cin + group * (g.cin // g.groups)
+    def _begin(self, acc: Buffer, base: Expr, group: Expr, vector: Expr, count: int) -> None:
+        """The sums of a block before anything is added."""
+        ir, lanes = self.ir, self.micro.lanes
+        for j in range(count):
+            channel = (group * self.p.vectors + vector + j) * lanes
+            start = self.epilogue.first(ir, channel, lanes)
+            if self.sums is not None:
+                start = ir.let(start + ir.load(self.sums, j * lanes, lanes))
+            for i in range(self.rows):
+                ir.store(acc, base + (i * count + j) * lanes, start, lanes)
+
+    def _corners(self, group: Expr, pixel: Expr) -> list[Expr]:
+        """Where the window of each pixel of a block begins in the input."""
+        g, (oh, ow), (height, width) = self.g, self.g.out, self.g.padded
+
+        def corner(at: Expr) -> Expr:
+            line, column = at // ow, at % ow
+            image, row = line // oh, line % oh
+            inside = ((image * height + row * g.sh) * width + column * g.sw) * g.cin
+            return self.ir.let(inside + group * (g.cin // g.groups))
+
+        if ow % self.rows and g.n * oh > 1:
+            return [corner(pixel + i) for i in range(self.rows)]
+        first = corner(pixel)
+        return [first + i * g.sw * g.cin for i in range(self.rows)]
 
     def _finish(
-        self, acc: Buffer, base: Expr, group: Expr, pixel: tuple[Expr, Expr, Expr],
-        vector: Expr, count: int,
-    ) -> None:  # fmt: skip
+        self, acc: Buffer, base: Expr, group: Expr, pixel: Expr, vector: Expr, count: int
+    ) -> None:
         """The epilogue of a block; the last of all vectors may have fewer channels than lanes."""
-        ir, g, lanes, epilogue = self.ir, self.g, self.micro.lanes, self.bufs.epilogue
-        (oh, ow), (image, row, column) = g.out, pixel
+        ir, g, lanes = self.ir, self.g, self.micro.lanes
         whole = min(count, g.gout // lanes - vector) if isinstance(vector, int) else count
         channel = (group * self.p.vectors + vector) * lanes
         runs = []
         for i in range(self.rows):
             sums = [ir.load(acc, base + (i * count + j) * lanes, lanes) for j in range(count)]
-            at = ((image * oh + row) * ow + column + i) * g.cout + group * g.gout + vector * lanes
+            at = (pixel + i) * g.cout + group * g.gout + vector * lanes
             runs.append(Run(sums[:whole], channel, at))
             if whole < count:
                 part, skip = sums[whole], whole * lanes
-                epilogue.store(ir, part, channel + skip, at + skip, lanes, g.gout % lanes)
+                self.epilogue.store(ir, part, channel + skip, at + skip, lanes, g.gout % lanes)
         if whole:
-            epilogue.store_runs(ir, runs, lanes)
+            self.epilogue.store_runs(ir, runs, lanes)
 
-    def _taps(self) -> Iterator[tuple[Expr, tuple[Expr, Expr]]]:
-        """Loops over the segments: (index, (row offset, column offset))."""
-        g = self.g
+    def _taps(self) -> Iterator[tuple[Expr, Expr]]:
+        """Loops over the segments: (index, where it begins behind the corner of the window)."""
+        g, line = self.g, self.g.padded[1] * self.g.cin
         with self.ir.loop(g.kh) as i:
             if g.merged:
-                yield i, (i * g.dh, 0)
+                yield i, i * g.dh * line
             else:
                 with self.ir.loop(g.kw) as j:
-                    yield i * g.kw + j, (i * g.dh, j * g.dw)
+                    yield i * g.kw + j, i * g.dh * line + j * g.dw * g.cin
 
     def _reduce(
-        self, acc: Buffer, corner: Expr, steps: Expr, length: int,
-        rows: int, count: int, weight: Any,
+        self, acc: Buffer, corners: list[Expr], offset: Expr, steps: Expr, length: int, count: int,
+        weight: Any,
     ) -> None:  # fmt: skip
-        """Accumulate `length` steps of a segment."""
+        """Accumulate `length` steps of a segment, which begins `offset` behind the corners."""
         ir, m = self.ir, self.micro
+        places = [ir.let(corner + offset) for corner in corners]
         if not self.run:
             with ir.loop(length) as k:
-                self._step(acc, corner, steps, k, rows, count, weight)
+                self._step(acc, places, steps, k, count, weight)
             return
-        narrow = ir.local(rows * count * m.partial_lanes, m.partial_dtype)
+        narrow = ir.local(self.rows * count * m.partial_lanes, m.partial_dtype)
         run = min(self.run, length)
         with ir.loop(length // run) as chunk:
-            self._run(acc, narrow, corner, steps, chunk * run, run, rows, count, weight)
+            self._run(acc, narrow, places, steps, chunk * run, run, count, weight)
         if length % run:
             start = length // run * run
-            self._run(acc, narrow, corner, steps, start, length % run, rows, count, weight)
+            self._run(acc, narrow, places, steps, start, length % run, count, weight)
 
     def _run(
-        self, acc: Buffer, narrow: Buffer, corner: Expr, steps: Expr, start: Expr, length: int,
-        rows: int, count: int, weight: Any,
+        self, acc: Buffer, narrow: Buffer, places: list[Expr], steps: Expr, start: Expr,
+        length: int, count: int, weight: Any,
     ) -> None:  # fmt: skip
         """`length` dots summed narrowly, then widened into the accumulators."""
         ir, m = self.ir, self.micro
         for k in range(length):
-            self._step(narrow, corner, steps, start + k, rows, count, weight, first=k == 0)
-        for i in range(rows * count):
+            self._step(narrow, places, steps, start + k, count, weight, first=k == 0)
+        for i in range(self.rows * count):
             wide = ir.load(acc, i * m.lanes, m.lanes)
             sums = ir.load(narrow, i * m.partial_lanes, m.partial_lanes)
             ir.store(acc, i * m.lanes, m.widen(ir, wide, sums), m.lanes)
 
     def _step(
-        self, acc: Buffer, corner: Expr, steps: Expr, k: Expr, rows: int, count: int,
-        weight: Any, first: bool | None = None,
+        self, acc: Buffer, places: list[Expr], steps: Expr, k: Expr, count: int, weight: Any,
+        first: bool | None = None,
     ) -> None:  # fmt: skip
         """One reduction step of the block; first is None without partial sums."""
         ir, m = self.ir, self.micro
         weights = [ir.let(weight(j, steps + k)) for j in range(count)]
-        for i in range(rows):
-            at = corner + i * self.g.sw * self.g.cin + k * m.kstep
-            a = ir.let(m.broadcast(ir, self.source, at))
+        for i, place in enumerate(places):
+            a = ir.let(m.broadcast(ir, self.source, place + k * m.kstep))
             for j in range(count):
                 if first is None:
                     at, lanes = (i * count + j) * m.lanes, m.lanes
