@@ -13,7 +13,7 @@ import numpy as np
 from hwmpq.errors import InputError
 from hwmpq.search.check import check
 from hwmpq.search.decisions import merge
-from hwmpq.search.evaluate import answer, evaluate, within
+from hwmpq.search.evaluate import QUANTITIES, answer, evaluate, table, within
 from hwmpq.search.ilp import CUTS, Program
 from hwmpq.types import BoolArray, FloatArray, Problem, Solution, Transition
 
@@ -27,6 +27,73 @@ class Device:
     transitions: tuple[Transition, ...] = ()
     fixed_latency_s: float = 0.0
     legal: BoolArray | None = None
+
+
+def together(problems: Mapping[str, Problem]) -> tuple[Problem, dict[str, Device]]:
+    """Problems that differ only in their device, as one problem and its devices.
+
+    Formats that one of them does not have are left out; of two limits on bytes, bit operations or
+    loss the lower holds. Raises InputError where other things differ or a latency budget is absent.
+    """
+    first = next(iter(problems.values()))
+    formats = tuple(f for f in first.formats if all(f in p.formats for p in problems.values()))
+    for name, problem in problems.items():
+        _comparable(name, problem, first, formats)
+    budgets: dict[str, float] = {}
+    for problem in problems.values():
+        for name, limit in problem.budgets.items():
+            budgets[name] = min(limit, budgets.get(name, limit))
+    del budgets["latency_s"]
+    shared = _of_formats(first, formats)
+    devices = {}
+    for name, problem in problems.items():
+        own = _of_formats(problem, formats)
+        assert own.latency_s is not None  # it has a budget
+        devices[name] = Device(
+            own.latency_s, problem.budgets["latency_s"], own.transitions, own.fixed_latency_s,
+            own.legal,
+        )  # fmt: skip
+    alone = replace(
+        shared, latency_s=None, transitions=(), fixed_latency_s=0.0, legal=None, budgets=budgets
+    )
+    return alone, devices
+
+
+def _comparable(name: str, problem: Problem, first: Problem, formats: tuple[str, ...]) -> None:
+    """Raises InputError where a problem is not of the same network and aim."""
+    if "latency_s" not in problem.budgets:
+        raise InputError(f"latency budget of {name}", None, "one in every problem file")
+    if not formats:
+        raise InputError("formats that all devices have", None, "at least one")
+    same: dict[str, bool] = {
+        "layers": problem.layers == first.layers,
+        "ties": set(map(frozenset, problem.ties)) == set(map(frozenset, first.ties)),
+        "minimize": problem.minimize == first.minimize,
+    }
+    ours, theirs = _of_formats(problem, formats), _of_formats(first, formats)
+    for quantity in ("loss", "nbytes", "bops") if same["layers"] else ():
+        one, other = table(ours, quantity), table(theirs, quantity)
+        both = True
+        if one is not None and other is not None:
+            both = np.allclose(one, other, equal_nan=True, rtol=1e-9)
+        same[quantity] = both and (one is None) == (other is None)
+    for what, agrees in same.items():
+        if not agrees:
+            raise InputError(f"{what} of {name}", "another one", "the first problem's")
+
+
+def _of_formats(problem: Problem, formats: tuple[str, ...]) -> Problem:
+    """The problem with these formats alone, in this order, without pairs."""
+    at = [problem.formats.index(name) for name in formats]
+    tables: dict[str, Any] = {
+        name: None if (cells := getattr(problem, name)) is None else np.asarray(cells)[:, at]
+        for name in (*QUANTITIES, "legal")
+    }
+    moves = tuple(
+        replace(move, latency_s=np.asarray(move.latency_s)[np.ix_(at, at)])
+        for move in problem.transitions
+    )
+    return replace(problem, formats=formats, transitions=moves, pair_loss=None, **tables)
 
 
 def solve_devices(

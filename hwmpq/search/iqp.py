@@ -2,7 +2,7 @@
 
 Every node convexifies the quadratic anew over the cells that are still open (`relaxation`). The
 tangent plane at the relaxed minimum, with the prices of the budgets, is a problem without pairs:
-its minimum over the transitions' forest (`bounds`) is the node's bound, safe whatever the interior
+its minimum over the transitions (`elimination`) is the node's bound, safe whatever the interior
 point's rounding, and closes every cell through which nothing can be better. The incumbent comes
 from a multi-start local search and from rounding each node.
 
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from hwmpq.search import ilp
-from hwmpq.search.bounds import MARGIN, Forest, close, forest_of, relax, size
+from hwmpq.search.bounds import MARGIN, close, size
 from hwmpq.search.decisions import Decisions, merge
+from hwmpq.search.elimination import order_of, relax
 from hwmpq.search.evaluate import IndexArray, choice_of, evaluate, index_of, limit
 from hwmpq.search.local import Quadratic, descend, multi_start, settle
 from hwmpq.search.moves import feasible
@@ -105,7 +106,7 @@ class _Search:
         )
         self.bound = -math.inf
         self.nodes = 0
-        self.forest: Forest = forest_of(self.root)
+        self.order = order_of(self.root)
         self.planes: list[FloatArray] = []
         if "latency_s" in problem.budgets and len(self.root.ends):
             self.planes = [flat_plane(self.root)]
@@ -221,7 +222,7 @@ class _Search:
         """Close the cells with which one of the budgets cannot be met."""
         for name, budget in self.problem.budgets.items():
             if decisions.legal.any(1).all():
-                least = relax(decisions, self.forest, {name: 1.0})
+                least = relax(decisions, self.order, {name: 1.0})
                 slop = MARGIN * (abs(budget) + size(decisions, least.index, {name: 1.0}))
                 decisions = close(decisions, least, limit(budget) + slop)
         return decisions
@@ -250,7 +251,7 @@ class _Search:
             weights[name] = weights.get(name, 0.0) + float(price)
         tables = {**decisions.tables, _GOAL: np.where(decisions.legal, found.slope, 0.0)}
         constant = {**decisions.constant, _GOAL: found.level}
-        least = relax(replace(decisions, tables=tables, constant=constant), self.forest, weights)
+        least = relax(replace(decisions, tables=tables, constant=constant), self.order, weights)
         if not math.isfinite(least.value):
             return math.inf, decisions
         budgets = self.problem.budgets

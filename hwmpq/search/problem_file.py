@@ -82,7 +82,7 @@ def write_problem(problem: Problem, path: str | Path) -> None:
     """Write a problem file, and `<stem>.pairs.npy` beside it when there are pair losses.
 
     A cell with a non-finite number is written as an illegal one. Raises InputError when the
-    problem contradicts itself or a transition is not finite.
+    problem contradicts itself, a transition is not finite, or the place cannot be written.
     """
     check(problem)
     path = Path(path)
@@ -114,10 +114,14 @@ def write_problem(problem: Problem, path: str | Path) -> None:
     data["minimize"] = problem.minimize
     data["budgets"] = dict(problem.budgets)
     if problem.pair_loss is not None:
-        beside = path.with_name(path.stem + ".pairs.npy")
-        np.save(beside, np.asarray(problem.pair_loss, np.float64), allow_pickle=False)
-        data["pair_loss"] = {"matrix": beside.name}
-    path.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
+        data["pair_loss"] = {"matrix": path.stem + ".pairs.npy"}
+    try:
+        path.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
+        if problem.pair_loss is not None:
+            beside = path.with_name(data["pair_loss"]["matrix"])
+            np.save(beside, np.asarray(problem.pair_loss, np.float64), allow_pickle=False)
+    except OSError as error:
+        raise InputError("cannot write the problem file", error) from None
 
 
 def solution_to_json(solution: Solution) -> dict[str, Any]:

@@ -13,7 +13,10 @@ import pytest
 
 from hwmpq import search
 from hwmpq.errors import InputError, UnknownName
+from hwmpq.search.decisions import merge
+from hwmpq.search.elimination import order_of, relax
 from hwmpq.search.evaluate import evaluate, index_of, within
+from hwmpq.search.instances import chain
 from hwmpq.search.pareto import frontier
 from hwmpq.search.random import samples
 from hwmpq.types import Problem, Solution, Transition
@@ -265,28 +268,47 @@ def test_samples_are_feasible() -> None:
     assert all(within(problem, evaluate(problem, index)) for index in drawn)
 
 
-def chain(count: int, width: int = 8) -> Problem:
-    """Latency falls and loss grows with fewer bits; every change of format costs time."""
-    rng = np.random.default_rng(0)
-    bits = np.array([32, 16, 16, 8, 8, 6, 4, 2.0])[:width]
-    shape = (count, width)
-    loss = rng.lognormal(0, 2, count)[:, None] * 2.0 ** (-bits / 2) * rng.uniform(0.7, 1.3, shape)
-    time_s = rng.lognormal(0, 1, count)[:, None] * bits / 32 * rng.uniform(0.7, 1.3, shape) * 1e-4
-    moves = tuple(
-        Transition(f"layer{i}", f"layer{i + 1}", rng.uniform(0, 2e-5, (width, width)))
-        for i in range(count - 1)
-    )
-    low, high = time_s.min(1).sum(), time_s.max(1).sum()
-    budget = {"latency_s": float(low + 0.3 * (high - low))}
-    return Problem(layers(count), formats(width), loss, time_s, transitions=moves, budgets=budget)
-
-
-def test_long_chain_is_solved_to_optimality() -> None:
-    problem = chain(300)
-    start = time.perf_counter()
+@pytest.mark.parametrize("budgets", [("latency_s",), ("latency_s", "nbytes", "bops")], ids=len)
+def test_long_chain_is_solved_to_optimality(budgets: tuple[str, ...]) -> None:
+    problem = chain(300, budgets=budgets, tied=True)
+    start = time.process_time()
     found = search.solve(problem)
-    assert found.status == "optimal" and time.perf_counter() - start < 5.0
+    assert found.status == "optimal" and time.process_time() - start < 5.0
     certify(problem, found)
+
+
+def test_elimination_is_exact_on_cycles_and_a_bound_beyond() -> None:
+    """Least sums through every cell and pair against all choices; K5 leaves edges out."""
+    rng = np.random.default_rng(18)
+    ring = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0), (1, 4)]
+    for ends, whole in ((ring, True), (list(itertools.combinations(range(5), 2)), False)):
+        moves = []
+        for a, b in ends:
+            cost = np.where(rng.random((3, 3)) < 0.1, np.inf, rng.uniform(0, 1, (3, 3)))
+            moves.append(Transition(f"layer{a}", f"layer{b}", cost))
+        tables = {name: rng.uniform(0, 1, (5, 3)) for name in ("loss", "latency_s")}
+        problem = Problem(layers(5), formats(3), **tables, transitions=tuple(moves))
+        decisions = merge(problem)
+        order = order_of(decisions)
+        assert (len(order.others) == 0) == whole
+        found = relax(decisions, order, {"loss": 2.0, "latency_s": 3.0})
+        index = np.array(list(itertools.product(range(3), repeat=5)))
+        values = evaluate(problem, index)
+        cost = 2.0 * values.of("loss") + 3.0 * values.of("latency_s")
+        for d, f in np.ndindex(5, 3):
+            least = cost[index[:, d] == f].min()
+            assert found.through[d, f] <= least + 1e-12
+            if whole:
+                assert found.through[d, f] == pytest.approx(least)
+        for e, (p, c) in enumerate(decisions.ends):
+            for f, g in np.ndindex(3, 3):
+                least = cost[(index[:, p] == f) & (index[:, c] == g)].min()
+                assert found.through_edge[e, f, g] <= least + 1e-12
+                if whole:
+                    assert found.through_edge[e, f, g] == pytest.approx(least)
+        if whole:
+            assert found.value == pytest.approx(cost.min())
+            assert (index[cost.argmin()] == found.index).all()
 
 
 def test_out_of_time_is_said() -> None:

@@ -13,6 +13,7 @@ from hwmpq.errors import UnknownName
 from hwmpq.search import iqp
 from hwmpq.search.decisions import merge
 from hwmpq.search.evaluate import evaluate, index_of, within
+from hwmpq.search.instances import pairs
 from hwmpq.search.local import Quadratic, multi_start
 from hwmpq.search.pairs import mended, merged
 from hwmpq.search.relaxation import convexify
@@ -186,24 +187,8 @@ def test_merged_pairs_keep_every_value() -> None:
             assert quadratic.prices(index)[d, f] == pytest.approx(change, abs=1e-9)
 
 
-def generated(count: int, seed: int = 0) -> Problem:
-    """CLADO-like: heavy-tailed errors that fall with the bits, correlated across layers."""
-    rng = np.random.default_rng(seed)
-    scale = np.exp(rng.normal(0, 1.2, count))[:, None] * [1.0, 0.12, 0.002]
-    factor = rng.normal(size=(3 * count, 8))
-    overlap = factor @ factor.T
-    root = np.sqrt(np.diagonal(overlap))
-    overlap = 0.25 * overlap / np.outer(root, root) + 0.75 * np.eye(3 * count)
-    nbytes = rng.lognormal(0, 1, count)[:, None] * [2.0, 4.0, 8.0]
-    return Problem(
-        tuple(f"layer{i}" for i in range(count)), ("2", "4", "8"), nbytes=nbytes,
-        pair_loss=np.sqrt(np.outer(scale, scale)) * overlap,
-        budgets={"nbytes": float(nbytes[:, 1].sum())},
-    )  # fmt: skip
-
-
 def test_out_of_time_is_said_and_the_gap_is_honest() -> None:
-    problem = generated(30)
+    problem = pairs(30)
     best = search.solve(problem, "iqp", 60.0)
     hasty = search.solve(problem, "iqp", 1e-3)
     assert best.status == "optimal" and best.gap is not None and best.gap <= 1.001e-6
@@ -214,7 +199,7 @@ def test_out_of_time_is_said_and_the_gap_is_honest() -> None:
 
 
 def test_never_worse_than_the_local_search_and_alike_each_time() -> None:
-    problem = generated(16, 3)
+    problem = pairs(16, seed=3)
     assert problem.pair_loss is not None
     decisions = merge(problem)
     quadratic = Quadratic(merged(problem.pair_loss, decisions), 3)
