@@ -1,4 +1,4 @@
-"""Quantizers: the scales and zero points of tensors, and the rounded weights of layers.
+"""Quantizers: scales and zero points of tensors, rounded weights and biases of layers.
 
 A value beside the assignment, made alike by calibration, AdaRound, QAT and FLIQS, and the only
 source of numbers for the simulator and the lowering. numpy; saved as `quantizers.safetensors`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,29 @@ from numpy.typing import NDArray
 
 from hwmpq.errors import InputError
 from hwmpq.formats import QuantizedWeight
+from hwmpq.graph import Graph
 from hwmpq.requantize import Quantizer
 from hwmpq.tensors import load, save
 
-VERSION = 1
+VERSION = 2
+F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Quantizers:
     """activations: (tensor, encoding) -> Quantizer, integers only, by `StoragePlan.root`;
-    weights: (layer, format name) -> codes and scale, rounded once by its Format."""
+    weights: (layer, format name) -> codes and scale, rounded once by its Format;
+    biases: (layer, format name) -> what replaces the layer's bias there, fp32 [channels];
+    constants: name -> what replaces the graph's constant in every format (`graph`)."""
 
     activations: Mapping[tuple[str, str], Quantizer] = field(default_factory=dict)
     weights: Mapping[tuple[str, str], QuantizedWeight] = field(default_factory=dict)
+    biases: Mapping[tuple[str, str], F32] = field(default_factory=dict)
+    constants: Mapping[str, F32] = field(default_factory=dict)
+
+    def graph(self, graph: Graph) -> Graph:
+        """The graph with the constants that these numbers were made for."""
+        return replace(graph, constants={**graph.constants, **self.constants})
 
     def activation(self, tensor: str, encoding: str) -> Quantizer:
         """Raises InputError when the tensor was not calibrated for the encoding."""
@@ -54,9 +64,10 @@ class Quantizers:
             ) from None  # fmt: skip
 
     def only(self, assignment: Mapping[str, str]) -> Quantizers:
-        """Without the weights of formats that the assignment does not use."""
-        kept = {k: v for k, v in self.weights.items() if assignment.get(k[0]) == k[1]}
-        return Quantizers(self.activations, kept)
+        """Without the weights and biases of formats that the assignment does not use."""
+        weights = {k: v for k, v in self.weights.items() if assignment.get(k[0]) == k[1]}
+        biases = {k: v for k, v in self.biases.items() if assignment.get(k[0]) == k[1]}
+        return replace(self, weights=weights, biases=biases)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file (aside, then renamed)."""
@@ -65,6 +76,10 @@ class Quantizers:
             tensors[f"{layer}|{fmt}|codes"] = np.ascontiguousarray(weight.codes)
             if weight.scale is not None:
                 tensors[f"{layer}|{fmt}|scale"] = np.ascontiguousarray(weight.scale)
+        for (layer, fmt), bias in self.biases.items():
+            tensors[f"{layer}|{fmt}|bias"] = bias
+        for name, value in self.constants.items():
+            tensors[f"{name}||constant"] = value
         table = [[t, e, float(q.scale), q.zero] for (t, e), q in sorted(self.activations.items())]
         metadata = {"version": str(VERSION), "activations": json.dumps(table)}
         save(path, tensors, metadata)
@@ -82,9 +97,13 @@ class Quantizers:
             )
         rows = json.loads(metadata["activations"])
         activations = {(t, e): Quantizer(float(s), int(z)) for t, e, s, z in rows}
-        weights = {}
-        for name, codes in tensors.items():
+        weights, biases, constants = {}, {}, {}
+        for name, value in tensors.items():
             layer, fmt, role = name.rsplit("|", 2)
             if role == "codes":
-                weights[layer, fmt] = QuantizedWeight(codes, tensors.get(f"{layer}|{fmt}|scale"))
-        return Quantizers(activations, weights)
+                weights[layer, fmt] = QuantizedWeight(value, tensors.get(f"{layer}|{fmt}|scale"))
+            elif role == "bias":
+                biases[layer, fmt] = value
+            elif role == "constant":
+                constants[layer] = value
+        return Quantizers(activations, weights, biases, constants)

@@ -11,7 +11,7 @@ from hwmpq.errors import InputError
 from hwmpq.formats import Format, QuantizedWeight, encoding_named, format_named
 from hwmpq.graph import Graph, Node, workload_of
 from hwmpq.quantizers import Quantizers
-from hwmpq.requantize import Epilogue, Quantizer, constants
+from hwmpq.requantize import F32, Epilogue, Quantizer, constants
 from hwmpq.storage import StoragePlan, is_integer, plan
 from hwmpq.types import Workload
 
@@ -19,7 +19,8 @@ from hwmpq.types import Workload
 @dataclass(frozen=True, eq=False)
 class ResolvedLayer:
     """x: the activation operand's encoding and quantizer; b: those of a matmul's second operand;
-    weight: rounded codes (None for a matmul); epilogue: what happens to the accumulator."""
+    weight: rounded codes (None for a matmul); bias: fp32 [channels], or None; epilogue: what
+    happens to the accumulator."""
 
     node: Node
     workload: Workload
@@ -29,6 +30,7 @@ class ResolvedLayer:
     b: str
     b_quantizer: Quantizer
     weight: QuantizedWeight | None
+    bias: F32 | None
     epilogue: Epilogue
 
 
@@ -50,6 +52,7 @@ class Resolved:
 
 def resolve(graph: Graph, assignment: Mapping[str, str], quantizers: Quantizers) -> Resolved:
     """Raises InputError when the assignment and the layers do not match one to one."""
+    graph = quantizers.graph(graph)
     names = {node.name for node in graph.layers}
     if set(assignment) != names:
         wrong = sorted(set(assignment) ^ names)
@@ -97,7 +100,9 @@ def _layer(r: Resolved, node: Node, fmt: Format) -> ResolvedLayer:
     elif node.attrs.get("act") == "clamp":
         act_range = (float(node.attrs["act_lo"]), float(node.attrs["act_hi"]))
     encoding = encoding_named(out)
-    bias = r.graph.constants[node.params["bias"]] if "bias" in node.params else None
+    bias = r.quantizers.biases.get((node.name, fmt.name))
+    if bias is None and "bias" in node.params:
+        bias = r.graph.constants[node.params["bias"]]
     epilogue = constants(
         integer=integer,
         channels=channels,
@@ -113,4 +118,6 @@ def _layer(r: Resolved, node: Node, fmt: Format) -> ResolvedLayer:
         act_range=act_range,
         scale=float(node.attrs.get("scale", 1.0)),
     )
-    return ResolvedLayer(node, workload, fmt, x, x_quantizer, b, b_quantizer, weight, epilogue)
+    return ResolvedLayer(
+        node, workload, fmt, x, x_quantizer, b, b_quantizer, weight, bias, epilogue
+    )  # fmt: skip

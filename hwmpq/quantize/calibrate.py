@@ -1,8 +1,9 @@
 """Calibration: from images to the Quantizers of a menu of formats. Deterministic.
 
-Two passes of the fp32 interpreter over the images: exact ranges, then histograms of 2048 bins, one
-per quantizer root (`storage.quantizer_roots`; the values of all members count). Every tensor that
-some assignment could store or read as an integer gets a quantizer for each encoding of the menu.
+Passes of the fp32 interpreter over the images: equalization where it is asked for (`equalize`),
+exact ranges, then the layers' mean inputs (`correct`) and histograms of 2048 bins, one per
+quantizer root (`storage.quantizer_roots`; the values of all members count). Every tensor that some
+assignment could store or read as an integer gets a quantizer for each encoding of the menu.
 Unsigned encodings are asymmetric and always hold 0, which a tensor that is never negative has as
 code 0; signed ones (operand b of a matmul) are symmetric. A softmax has the fixed range 0 .. 1.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -20,7 +22,9 @@ from torch import Tensor
 from hwmpq.errors import InputError
 from hwmpq.formats import QuantizedWeight, encoding_named, format_named
 from hwmpq.graph import Graph
-from hwmpq.quantize.feed import Inputs, named
+from hwmpq.quantize.correct import shifted_biases
+from hwmpq.quantize.equalize import equalized
+from hwmpq.quantize.feed import Inputs, named, samples
 from hwmpq.quantize.interpret import Constants, evaluate
 from hwmpq.quantize.ranges import METHODS, Histogram, Method, quantizer_of
 from hwmpq.quantizers import Quantizers
@@ -40,11 +44,15 @@ def calibrate(
     method: Method = "mse",
     percentile: float = 99.99,
     progress: Progress | None = None,
+    steps: Sequence[str] = (),
+    search: bool = True,
 ) -> Quantizers:
     """Quantizers for all layers and all `formats`; fp32 is always among them.
 
-    batches: fp32 inputs, NCHW, normalized; kept until the end. Raises InputError for no batches,
-    an unknown method, and values that are not finite; UnknownName for an unknown format.
+    batches: fp32 inputs, NCHW, normalized; kept until the end. steps: of `ptq.OF_MENU`.
+    search: are the scales of narrow weights searched for, or do they reach to the largest weight?
+    Raises InputError for no batches, an unknown method, and values that are not finite;
+    UnknownName for an unknown format.
     """
     if method not in METHODS:
         raise InputError("calibration method", method, METHODS)
@@ -55,7 +63,7 @@ def calibrate(
         raise InputError("calibration without images", next="Give at least one batch.")
     menu = tuple(dict.fromkeys(("fp32", *formats)))
     wanted = integer_encodings(graph, menu)
-    total = 2 * len(batches) + len(menu)
+    total = (2 + ("equalize" in steps)) * len(batches) + len(menu)
     done = 0
 
     def step() -> None:
@@ -64,8 +72,10 @@ def calibrate(
         if progress:
             progress(done, total)
 
+    constants = equalized(graph, batches, step) if "equalize" in steps else {}
+    graph = replace(graph, constants={**graph.constants, **constants})
     histograms = _ranges(graph, batches, wanted, step)
-    _fill(graph, batches, histograms, step)
+    means = _fill(graph, batches, histograms, step)
     fixed = _softmax_roots(graph)
     activations = {}
     for (root, encoding), histogram in ((key, histograms[key[0]]) for key in sorted(wanted)):
@@ -76,9 +86,10 @@ def calibrate(
             activations[root, encoding] = quantizer_of(histogram, encoding, method, percentile)
     weights: dict[tuple[str, str], QuantizedWeight] = {}
     for name in menu:
-        _round_weights(graph, name, weights)
+        _round_weights(graph, name, weights, search)
         step()
-    return Quantizers(activations, weights)
+    biases = shifted_biases(graph, means, weights) if "bias" in steps else {}
+    return Quantizers(activations, weights, biases, constants)
 
 
 def integer_encodings(graph: Graph, formats: Sequence[str]) -> set[tuple[str, str]]:
@@ -126,14 +137,23 @@ def _fill(
     batches: Sequence[Inputs],
     histograms: dict[str, Histogram],
     step: Callable[[], None],
-) -> None:
+) -> dict[str, Tensor]:
+    """Fill the histograms; returns the mean over the samples of what each layer with weights
+    reads, [1, ...]."""
     of = quantizer_roots(graph)
+    read = {node.inputs[0] for node in graph.layers if "weight" in node.params}
+    sums: dict[str, Tensor] = {}
+    count = sum(samples(batch) for batch in batches)
 
     def observe(name: str, x: Tensor) -> None:
         if of[name] in histograms:
             histograms[of[name]].add(x)
+        if name in read:
+            total = x.sum(0, keepdim=True)
+            sums[name] = sums[name] + total if name in sums else total
 
     _run(graph, batches, observe, step)
+    return {name: total / count for name, total in sums.items()}
 
 
 def _run(
@@ -162,7 +182,7 @@ def _softmax_roots(graph: Graph) -> frozenset[str]:
 
 
 def _round_weights(
-    graph: Graph, name: str, weights: dict[tuple[str, str], QuantizedWeight]
+    graph: Graph, name: str, weights: dict[tuple[str, str], QuantizedWeight], search: bool
 ) -> None:
     """Add every layer's weights in the format; formats with equal weights share them."""
     fmt = format_named(name)
@@ -179,6 +199,6 @@ def _round_weights(
             weights[node.name, name] = weights[node.name, twins[0]]
             continue
         w = graph.constants[node.params["weight"]]
-        search = fmt.weight.scaled and fmt.weight.bits <= _MSE_BITS
-        rounded = fmt.quantize_weight(w, fmt.mse_scale(w) if search else None)
+        clipped = search and fmt.weight.scaled and fmt.weight.bits <= _MSE_BITS
+        rounded = fmt.quantize_weight(w, fmt.mse_scale(w) if clipped else None)
         weights[node.name, name] = rounded

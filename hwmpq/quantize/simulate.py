@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from hwmpq.errors import InputError
@@ -19,10 +20,10 @@ from hwmpq.graph import Graph, Node
 from hwmpq.quantize.exact import Exact
 from hwmpq.quantize.fast import Fast
 from hwmpq.quantize.feed import Inputs, named, samples
-from hwmpq.quantize.interpret import Constants
+from hwmpq.quantize.interpret import Constants, Param
 from hwmpq.quantize.rebatch import rebatch
 from hwmpq.quantizers import Quantizers
-from hwmpq.resolve import resolve
+from hwmpq.resolve import Resolved, resolve
 
 Observe = Callable[[str, Tensor], None]
 Mode = Literal["exact", "fast"]
@@ -54,7 +55,8 @@ class Simulator:
     """Runs a graph under an assignment.
 
     quantizers: scales, zero points and rounded weights (`calibrate`). parameters: constants that
-    replace the graph's in mode 'fast' (name -> tensor; gradients reach them).
+    replace the graph's in mode 'fast' (name -> tensor; gradients reach them). device: where mode
+    'fast' computes. arithmetic: what computes, instead of the mode's own (training has others).
     Raises InputError when assignment, layers and quantizers do not fit together.
     """
 
@@ -65,20 +67,27 @@ class Simulator:
         quantizers: Quantizers,
         mode: Mode = "exact",
         parameters: Mapping[str, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+        arithmetic: Callable[[Resolved, Param], Arithmetic] | None = None,
     ):
         if mode not in ("exact", "fast"):
             raise InputError("mode of the simulator", mode, ["exact", "fast"])
         if parameters and mode == "exact":
             raise InputError("parameters in mode exact", None, None, "Its weights are quantizers'.")
-        self.graph = graph
         self.resolved = resolve(graph, assignment, quantizers)
-        first = next(iter(parameters.values())) if parameters else None
-        constants = Constants(graph, "cpu" if first is None else first.device)
+        self.graph = graph = self.resolved.graph
+        constants = Constants(graph, device)
 
         def param(name: str) -> Tensor:
             return parameters[name] if parameters and name in parameters else constants(name)
 
-        self._does: Arithmetic = (Exact if mode == "exact" else Fast)(self.resolved, param)
+        self._does: Arithmetic
+        if arithmetic is not None:
+            self._does = arithmetic(self.resolved, param)
+        elif mode == "exact":
+            self._does = Exact(self.resolved, param)
+        else:
+            self._does = Fast(self.resolved, param, parameters or ())
         readers = {t: i for i, node in enumerate(graph.nodes) for t in node.inputs}
         self._drop: list[list[str]] = [[] for _ in graph.nodes]
         for tensor, index in readers.items():
@@ -110,10 +119,7 @@ class Simulator:
         """Run the nodes from `state.at` up to, not including, `stop` (all by default)."""
         nodes = rebatch(self.graph, state.batch).nodes
         for index in range(state.at, len(nodes) if stop is None else stop):
-            node = nodes[index]
-            args = [
-                self._does.read(node, i, state.held[tensor]) for i, tensor in enumerate(node.inputs)
-            ]
+            node, args = nodes[index], self.operands(state)
             result = (self._does.layer if node.is_layer else self._does.glue)(node, args)
             if observe:
                 observe(node.name, result)
@@ -121,6 +127,13 @@ class Simulator:
             for tensor in self._drop[index]:
                 state.held.pop(tensor, None)
             state.at = index + 1
+
+    def operands(self, state: State) -> list[Tensor]:
+        """What the next node reads, in the encodings it demands."""
+        node = self.graph.nodes[state.at]
+        return [
+            self._does.read(node, i, state.held[tensor]) for i, tensor in enumerate(node.inputs)
+        ]
 
     def outputs(self, state: State) -> list[Tensor]:
         """The outputs of a finished run."""

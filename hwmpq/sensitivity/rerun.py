@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hwmpq.formats import format_named
 from hwmpq.graph import Graph
+from hwmpq.quantize.blocks import alive_between
 from hwmpq.quantize.simulate import Simulator, State
 from hwmpq.sensitivity.task import Cells, Estimate, Forecast, Task
 from hwmpq.storage import plan
@@ -214,18 +215,6 @@ def alive_bytes(graph: Graph) -> float:
     size = {name: 4 * prod(shape) for name, shape in graph.tensors.items()}
     most = max(sum(size[name] for name in alive) for alive in alive_between(graph))
     return most / graph.tensors[graph.inputs[0]][0]
-
-
-def alive_between(graph: Graph) -> Iterator[frozenset[str]]:
-    """The tensors that later nodes or the caller still need: before the first node, then behind
-    each one."""
-    last = {t: i for i, node in enumerate(graph.nodes) for t in node.inputs}
-    alive = set(graph.inputs)
-    yield frozenset(alive)
-    for index, node in enumerate(graph.nodes):
-        alive.add(node.name)
-        alive -= {t for t in node.inputs if last[t] == index and t not in graph.outputs}
-        yield frozenset(alive)
 
 
 def _sizes(graph: Graph) -> list[int]:

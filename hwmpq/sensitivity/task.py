@@ -133,8 +133,7 @@ class Task:
         assignment = self.assignment(cells)
         if self.device.type == "cpu":
             return Simulator(self.graph, assignment, self.quantizers)
-        parameters = {name: self.constants(name) for name in self.graph.constants}
-        return Simulator(self.graph, assignment, self.quantizers, "fast", parameters)
+        return Simulator(self.graph, assignment, self.quantizers, "fast", device=self.device)
 
     def singles(self) -> list[Cells]:
         """Every cell that is legal and not fp32, alone."""

@@ -1,0 +1,272 @@
+"""Quantization-aware training of an assignment: weights, biases and step sizes together.
+
+Loss: (1 − d) · cross-entropy with the labels + d · T² · KL(float ‖ rounded) at temperature T, the
+float model being the teacher (Hinton et al., arXiv 1503.02531); d = 1 without labels. Adam, whose
+rate falls with a cosine to 0. BatchNorms are folded, so there are no statistics to keep.
+
+Deterministic for a seed: step k always sees the same samples, so that a run resumed from a
+checkpoint (weights, moments and step) ends as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hwmpq import tensors
+from hwmpq.data import DataSet
+from hwmpq.errors import InputError
+from hwmpq.formats import QuantizedWeight, format_named
+from hwmpq.graph import Graph
+from hwmpq.quantize.feed import named
+from hwmpq.quantize.interpret import Constants, evaluate
+from hwmpq.quantize.learned import Learned
+from hwmpq.quantize.simulate import Simulator
+from hwmpq.quantizers import Quantizers
+from hwmpq.requantize import Quantizer
+from hwmpq.types import digest
+
+VERSION = 1
+#: Operators whose constants are trained; of others (tables, fixed factors) they stay.
+_TRAINED_OPS = ("conv2d", "linear", "layer_norm", "batch_affine")
+_TEMPERATURE = 2.0
+#: Steps whose mean loss is told.
+_TOLD = 50
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps: optimizer steps; batch: samples of each; rate: Adam's, at first; distill: d;
+    augment: random shifts by up to an eighth, and mirrored; checkpoint: steps between two."""
+
+    steps: int
+    batch: int = 64
+    rate: float = 1e-3
+    distill: float = 0.5
+    augment: bool = False
+    checkpoint: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """loss: mean of the last steps' losses; seconds: of this run, without what was resumed."""
+
+    quantizers: Quantizers
+    loss: float
+    seconds: float
+
+
+class Training:
+    """The parameters of a run, and what they become. Raises InputError for settings out of
+    range."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        assignment: Mapping[str, str],
+        quantizers: Quantizers,
+        settings: Settings,
+    ):
+        _check(settings)
+        self.graph, self.settings = quantizers.graph(graph), settings
+        self.assignment, self.start = dict(assignment), quantizers
+        self.constants = self._constants()
+        self.weight_steps = {
+            node.name: torch.tensor(np.log(scale)).requires_grad_()
+            for node in self.graph.layers
+            if "weight" in node.params
+            for fmt in [format_named(assignment[node.name])]
+            for scale in [quantizers.weight(node.name, fmt.name).scale]
+            if fmt.weight.kind == "int" and fmt.group is None and scale is not None
+        }
+        self.steps: dict[tuple[str, str], Tensor] = {}
+        self.simulator = self._simulator()
+        self.key = digest([
+            VERSION, asdict(settings), self.assignment, sorted(self.graph.constants),
+            [float(np.sum(c, dtype=np.float64)) for c in self.graph.constants.values()],
+        ])  # fmt: skip
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Trained constants, a corrected bias in place of the graph's."""
+        found = {
+            name: self.graph.constants[name]
+            for node in self.graph.nodes
+            if node.op in _TRAINED_OPS
+            for name in node.params.values()
+        }
+        for node in self.graph.layers:
+            own = self.start.biases.get((node.name, self.assignment[node.name]))
+            if own is not None and "bias" in node.params:
+                found[node.params["bias"]] = own
+        return {name: torch.tensor(value).requires_grad_() for name, value in found.items()}
+
+    def _simulator(self) -> Simulator:
+        make = partial(
+            Learned, trained=self.constants, weight_steps=self.weight_steps, steps=self.steps
+        )
+        found = Simulator(
+            self.graph, self.assignment, self.start, "fast", self.constants, arithmetic=make
+        )
+        plan, softmax = found.resolved.plan, {n.name for n in self.graph.nodes if n.op == "softmax"}
+        used = [(t, e) for t, e in plan.stored.items()]
+        used += [(n.inputs[i], e) for n in self.graph.nodes
+                 for i in range(len(n.inputs)) for e in [plan.demand[n.name, i]]]  # fmt: skip
+        fixed = {plan.root[t] for t in softmax}
+        for tensor, encoding in sorted(used):
+            key = plan.root[tensor], encoding
+            if key in self.start.activations and key[0] not in fixed:
+                scale = self.start.activations[key].scale
+                self.steps.setdefault(key, torch.tensor(math.log(scale)).requires_grad_())
+        return found
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """All that is trained, by a name that a file can hold."""
+        return {
+            **{f"{name}|constant": p for name, p in self.constants.items()},
+            **{f"{layer}|weight step": p for layer, p in self.weight_steps.items()},
+            **{f"{root}|{encoding}|step": p for (root, encoding), p in self.steps.items()},
+        }
+
+    def quantizers(self) -> Quantizers:
+        """What the parameters stand for now."""
+        constants = {name: p.detach().numpy().copy() for name, p in self.constants.items()}
+        activations = dict(self.start.activations)
+        for key, step in self.steps.items():
+            activations[key] = Quantizer(float(step.detach().exp()), activations[key].zero)
+        weights: dict[tuple[str, str], QuantizedWeight] = {}
+        for node in self.graph.layers:
+            if "weight" in node.params:
+                fmt = format_named(self.assignment[node.name])
+                step_ = self.weight_steps.get(node.name)
+                scale = self.start.weight(node.name, fmt.name).scale
+                if step_ is not None:
+                    scale = step_.detach().exp().numpy()
+                value = constants[node.params["weight"]]
+                weights[node.name, fmt.name] = fmt.quantize_weight(value, scale)
+        return Quantizers(activations, weights, {}, {**self.start.constants, **constants})
+
+
+def finetune(
+    graph: Graph,
+    assignment: Mapping[str, str],
+    quantizers: Quantizers,
+    data: DataSet,
+    settings: Settings,
+    checkpoint: Path | None = None,
+    note: Callable[[int, float], None] = lambda done, loss: None,
+) -> Trained:
+    """Train on `data`; the result has the assignment's weights alone, and the graph's constants.
+
+    checkpoint: file to go on from, and to write now and then. note: called with (steps done, loss).
+    Raises InputError for a checkpoint of another run, and where the loss is no number any more.
+    """
+    run = Training(graph, assignment, quantizers, settings)
+    optimizer = torch.optim.Adam(run.parameters.values(), settings.rate)
+    losses = _resume(run, optimizer, checkpoint) if checkpoint and checkpoint.exists() else []
+    teacher = Constants(graph)
+    began = time.perf_counter()
+    for k in range(len(losses), settings.steps):
+        x, labels = samples_of(data, settings, k)
+        with torch.no_grad():
+            wanted = evaluate(graph, named(graph, x), constants=teacher)[graph.outputs[0]]
+        found = run.simulator(x)[0]
+        loss = _loss(found.flatten(1), wanted.flatten(1), labels, settings.distill)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * (1 + math.cos(math.pi * k / settings.steps)) / 2
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise InputError(f"loss of step {k}", losses[-1], "a number", "Use a smaller rate.")
+        if checkpoint and (k + 1) % settings.checkpoint == 0:
+            _save(run, optimizer, losses, checkpoint)
+        note(k + 1, losses[-1])
+    seconds = time.perf_counter() - began
+    return Trained(run.quantizers(), float(np.mean(losses[-_TOLD:])), seconds)
+
+
+def samples_of(data: DataSet, settings: Settings, step: int) -> tuple[Tensor, Tensor | None]:
+    """The batch of a step: every sample once per epoch, in a seeded order."""
+    size = min(settings.batch, len(data))
+    each = len(data) // size
+    order = np.random.default_rng([settings.seed, step // each]).permutation(len(data))
+    picked = order[step % each * size :][:size]
+    x = torch.from_numpy(data.batch(picked))
+    if settings.augment:
+        x = augmented(x, np.random.default_rng([settings.seed, step, 1]))
+    return x, None if data.labels is None else torch.from_numpy(data.labels[picked])
+
+
+def augmented(x: Tensor, random: np.random.Generator) -> Tensor:
+    """Each image [N, C, H, W] shifted by up to an eighth of its size, half of them mirrored."""
+    height, width = x.shape[-2:]
+    down, right = height // 8, width // 8
+    padded = F.pad(x, (right, right, down, down))
+    found = []
+    for image in padded:
+        top, left = random.integers(2 * down + 1), random.integers(2 * right + 1)
+        part = image[:, top : top + height, left : left + width]
+        found.append(part.flip(-1) if random.integers(2) else part)
+    return torch.stack(found)
+
+
+def _loss(found: Tensor, wanted: Tensor, labels: Tensor | None, distill: float) -> Tensor:
+    share = 1.0 if labels is None else distill
+    soft, truth = (F.log_softmax(y / _TEMPERATURE, 1) for y in (found, wanted))
+    loss = share * _TEMPERATURE**2 * F.kl_div(soft, truth, log_target=True, reduction="batchmean")
+    return loss if labels is None else loss + (1 - share) * F.cross_entropy(found, labels)
+
+
+def _save(run: Training, optimizer: torch.optim.Adam, losses: list[float], path: Path) -> None:
+    held: dict[str, Any] = {}
+    for name, parameter in run.parameters.items():
+        state = optimizer.state[parameter]
+        held[name] = parameter.detach().numpy()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            value = state.get(moment, torch.zeros_like(parameter))
+            held[f"{name}|{moment}"] = value.detach().numpy()
+    tensors.save(path, held, {"key": run.key, "losses": json.dumps(losses)})
+
+
+def _resume(run: Training, optimizer: torch.optim.Adam, path: Path) -> list[float]:
+    """Load parameters and moments; the losses so far."""
+    held, metadata = tensors.load(path)
+    if metadata.get("key") != run.key:
+        raise InputError(
+            f"checkpoint {path} of another run", metadata.get("key"), run.key,
+            "Use another --out, or the settings it was made with.",
+        )  # fmt: skip
+    losses: list[float] = json.loads(metadata["losses"])
+    with torch.no_grad():
+        for name, parameter in run.parameters.items():
+            parameter.copy_(torch.tensor(held[name]))
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(len(losses))),
+                "exp_avg": torch.tensor(held[f"{name}|exp_avg"]),
+                "exp_avg_sq": torch.tensor(held[f"{name}|exp_avg_sq"]),
+            }
+    return losses
+
+
+def _check(settings: Settings) -> None:
+    for name in ("steps", "batch", "checkpoint"):
+        if getattr(settings, name) < 1:
+            raise InputError(name, getattr(settings, name), "1 or more")
+    if not settings.rate > 0:
+        raise InputError("rate", settings.rate, "above 0")
+    if not 0 <= settings.distill <= 1:
+        raise InputError("distill", settings.distill, "0 (labels only) to 1 (float only)")
