@@ -3,13 +3,19 @@
     version = 1
 
     [devices.bench-box]
-    transport = "ssh"               # local (default), ssh, adb; exec: the prefix leads there
+    transport = "ssh"               # local (default), ssh, adb, rpc; exec: the prefix leads there
     address = "me@bench-box"        # for ssh; for adb the serial number, if there are several
     target = "x86-avx512-vnni"      # what to compile for when nobody says
     python = "/opt/tvm/bin/python"  # there, with numpy, apache-tvm and apache-tvm-ffi; python3
     cores = [2, 3]                  # pin the work to these (taskset); else wherever it is put
     prefix = ["numactl", "-m", "0"] # put before the worker's command line
     lock = "/tmp/bench.lock"        # a file there, held while timing; else one that all hwmpq share
+    fingerprint = "x86_64-8c-1f..." # refuse any other machine; `hwmpq devices` shows it
+
+    [devices.boards]                # any of the servers (`hwmpq devices serve`) at a tracker
+    transport = "rpc"
+    tracker = "127.0.0.1:9190"      # or address = "HOST:PORT" of one server
+    key = "rpi5"                    # what the servers were started with
 
 The file is searched in HWMPQ_DEVICES, else in the user's configuration folder. The device `local`,
 this machine, always exists; the file may describe it more closely.
@@ -30,7 +36,7 @@ from typing import Any, ClassVar, Literal
 
 import platformdirs
 
-from hwmpq.errors import InputError, UnknownName
+from hwmpq.errors import DeviceError, InputError, UnknownName
 
 VERSION = 1
 #: Never ask for a password, give up on a silent host.
@@ -44,30 +50,44 @@ class Device:
     """How one machine is reached.
 
     transport: 'local' starts the worker here, 'ssh' and 'adb' through these programs, 'exec' by the
-    prefix, which leads to another environment (an emulator, a container). prefix: words put before
-    the worker's command line. cores: logical CPUs to pin to, none = not pinned. lock: a file on the
-    device that whoever uses it holds, '' = the one that all hwmpq share. python: the interpreter
-    there, '' = ours, or python3 elsewhere. target: default target, '' = the machine's native.
+    prefix, which leads to another environment (an emulator, a container), 'rpc' through a server of
+    TVM's protocol. prefix: words put before the worker's command line. cores: logical CPUs to pin
+    to, none = not pinned. lock: a file on the device that whoever uses it holds, '' = the one that
+    all hwmpq share. python: the interpreter there, '' = ours, or python3 elsewhere. target: default
+    target, '' = the machine's native. tracker, key: which servers, for rpc. fingerprint: of the one
+    machine meant, '' = any.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     name: str
-    transport: Literal["local", "ssh", "adb", "exec"] = "local"
+    transport: Literal["local", "ssh", "adb", "exec", "rpc"] = "local"
     address: str = ""
     prefix: tuple[str, ...] = ()
     cores: tuple[int, ...] = ()
     lock: str = ""
     python: str = ""
     target: str = ""
+    tracker: str = ""
+    key: str = ""
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        rpc = self.transport == "rpc"
         if self.address and not re.fullmatch(r"[\w.:@%][\w.:@%-]*", self.address):
             raise ValueError("address: not the name of a machine")
-        if bool(self.address) != (self.transport == "ssh") and self.transport != "adb":
-            raise ValueError("address: for ssh needed, for adb possible, else not taken")
+        if bool(self.address) != (self.transport == "ssh") and self.transport not in ("adb", "rpc"):
+            raise ValueError("address: for ssh needed, for adb and rpc possible, else not taken")
         if self.transport == "exec" and not self.prefix:
             raise ValueError("prefix: needed for exec")
+        if rpc and bool(self.address) == bool(self.tracker):
+            raise ValueError("rpc needs either the address of a server or that of a tracker")
+        if rpc and not re.fullmatch(r"[\w.:%-]+:\d{1,5}", self.address or self.tracker):
+            raise ValueError("rpc: an address is HOST:PORT")
+        if not rpc and (self.tracker or self.key):
+            raise ValueError("tracker, key: for rpc only")
+        if not re.fullmatch(r"[\w.-]{0,80}", self.key) or (self.tracker and not self.key):
+            raise ValueError("key: letters, digits, - _ . and not empty with a tracker")
 
     @property
     def remote(self) -> bool:
@@ -81,16 +101,32 @@ class Device:
         pin = ("taskset", "-c", ",".join(map(str, self.cores))) if self.cores else ()
         return (*lock, *pin, *self.prefix)
 
-    def command(self, arguments: Sequence[str]) -> list[str]:
-        """The command line, here, that runs Python with these arguments on the device."""
+    def there(self, arguments: Sequence[str]) -> list[str]:
+        """The words, on the device, that run Python with these arguments."""
         python = self.python or ("python3" if self.remote else sys.executable)
-        there = [*self.start, python, *arguments]
-        if self.transport == "ssh":  # ssh and adb hand one line to a shell
+        return [*self.start, python, *arguments]
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """The command line, here, that runs Python with these arguments on the device; for rpc
+        that of one server, whose ticket comes in the environment."""
+        there = self.there(arguments)
+        if self.transport == "ssh":  # all but exec hand one line to a shell
             return [*_SSH, self.address, shlex.join(there)]
+        if self.transport == "rpc":
+            client = [sys.executable, "-P", "-m", "hwmpq.measure.rpc.client"]
+            return [*client, self.address, shlex.join(there)]
         if self.transport == "adb":
             choice = ("-s", self.address) if self.address else ()
             return ["adb", *choice, "shell", "-T", shlex.join(there)]
         return there
+
+    def recognize(self, fingerprint: str) -> None:
+        """Raises DeviceError for another machine than the one that the description names."""
+        if self.fingerprint and fingerprint != self.fingerprint:
+            raise DeviceError(
+                f"device {self.name} is another machine", fingerprint, self.fingerprint,
+                "Its times belong to that machine only: correct the description, or the address.",
+            )  # fmt: skip
 
 
 def load(name: str = "local") -> Device:

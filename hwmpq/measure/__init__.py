@@ -20,6 +20,7 @@ from hwmpq.measure.protocol import (
     pairs,
     time_block,
 )
+from hwmpq.measure.replicate import time_replicated
 from hwmpq.measure.stats import Comparison, compare, median_interval
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "median_interval",
     "pairs",
     "time_block",
+    "time_replicated",
     "toolchain",
 ]

@@ -10,12 +10,14 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hwmpq.types import digest
 
 _CPU = Path("/sys/devices/system/cpu")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 #: Taken where the system does not tell the size of its L2 cache: large, so that "cold" holds.
 _UNKNOWN_L2_BYTES = 4 << 20
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -45,9 +47,11 @@ def fingerprint() -> str:
 
 
 def conditions() -> dict[str, Any]:
-    """What is recorded with a measurement and is no part of its key; date: seconds since 1970."""
+    """What is recorded with a measurement and is no part of its key; date: seconds since 1970;
+    huge_pages: the system's setting; virtual: is this a guest of a hypervisor?"""
     governor = _read(_CPU / "cpu0/cpufreq/scaling_governor")
     frequency = _read(_CPU / "cpu0/cpufreq/scaling_cur_freq")
+    pages = re.search(r"\[(\w+)\]", _read(_HUGE_PAGES))
     return {
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "kernel": f"{platform.system()} {platform.release()}",
@@ -55,7 +59,20 @@ def conditions() -> dict[str, Any]:
         "governor": governor or None,
         "frequency_hz": int(frequency) * 1000 if frequency.isdigit() else None,
         "affinity": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "huge_pages": pages[1] if pages else None,
+        "virtual": "hypervisor" in _cpuinfo().get("flags", "").split(),
     }
+
+
+def doubts(found: Mapping[str, Any]) -> list[str]:
+    """What in the `conditions` makes times of this machine hard to trust; told before timing."""
+    told = []
+    cores = os.cpu_count() or 1
+    if found["load"] and found["load"][0] > cores:
+        told.append(f"load average {found['load'][0]:.1f} on {cores} cores: other work disturbs it")
+    if found["governor"] not in (None, "performance"):
+        told.append(f"the CPU's governor is {found['governor']}: its clock changes with the load")
+    return told
 
 
 def toolchain(codegen: str = "") -> dict[str, str]:

@@ -205,12 +205,16 @@ def export_loop(folder: Path, function: str, nargs: int, target: Mapping[str, An
     }
     folder.mkdir(parents=True)
     for name, source in sources.items():
-        (folder / name).write_bytes(_library(source, json.dumps(dict(target))))
+        (folder / name).write_bytes(library(source, target))
+
+
+def library(source: str, target: Mapping[str, Any]) -> bytes:
+    """The shared library of a TVMScript function. target: TVM's description."""
+    return _library(source, json.dumps(dict(target)))
 
 
 @functools.lru_cache(64)
 def _library(source: str, target: str) -> bytes:
-    """The shared library of a TVMScript function."""
     with tempfile.TemporaryDirectory(prefix="hwmpq-") as folder:
         path = Path(folder) / "loop.so"
         _compile(source, json.loads(target)).export_library(str(path))

@@ -14,8 +14,8 @@ _FILES = (
     "targets.py", "artifact/__init__.py", "artifact/folder.py", "artifact/golden.py",
     "artifact/pool.py", "artifact/run.py", "measure/__init__.py", "measure/environment.py",
     "measure/frames.py", "measure/gates.py", "measure/kernel.py", "measure/onsite.py",
-    "measure/process.py", "measure/protocol.py", "measure/public.py", "measure/runner.py",
-    "measure/stats.py", "measure/timing.py", "measure/worker.py",
+    "measure/process.py", "measure/protocol.py", "measure/public.py", "measure/replicate.py",
+    "measure/runner.py", "measure/stats.py", "measure/timing.py", "measure/worker.py",
 )  # fmt: skip
 
 

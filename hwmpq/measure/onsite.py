@@ -7,7 +7,9 @@ ends; one whose worker was killed goes when the next one starts.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -15,6 +17,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hwmpq import targets
 from hwmpq.errors import InputError
@@ -67,6 +71,30 @@ def put(payload: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"hash of {name} as it arrived", got, wanted)
         part.replace(path)
     return {}
+
+
+def outputs(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """First output of the "artifact" that was put here for each of the "images", a .npy file that
+    was put here: {"outputs"}, base64 of such a file."""
+    images = np.load(_files() / str(payload["images"]), allow_pickle=False)
+    packed = io.BytesIO()
+    np.save(packed, _artifact(str(payload["artifact"])).run_samples(images), allow_pickle=False)
+    return {"outputs": base64.b64encode(packed.getvalue()).decode()}
+
+
+def replay(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """The golden samples of the "artifact" that was put here: {"first_difference"}."""
+    from hwmpq import artifact
+
+    found = artifact.replay(_artifact(str(payload["artifact"])))
+    return {"first_difference": found.first_difference}
+
+
+@functools.lru_cache(1)
+def _artifact(name: str) -> Any:
+    from hwmpq import artifact
+
+    return artifact.load(_files() / name)
 
 
 def leave() -> None:

@@ -118,6 +118,11 @@ class WorkerProcess:
         if self._process is not None:
             self._end(self._process, 2.0)
 
+    @property
+    def running(self) -> bool:
+        """Is there a worker? Else the next call starts one."""
+        return self._process is not None and self._process.poll() is None
+
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:
             return self._process

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hwmpq.errors import InputError
+from hwmpq.errors import DeviceError, InputError
 from hwmpq.measure.process import WorkerCrashed, WorkerProcess, WorkerTimeout
 from hwmpq.types import FloatArray, reject_unknown
 
@@ -109,9 +109,10 @@ class CellTiming:
     """Raw seconds per call of every kept epoch, or an error.
 
     rejected_s: epochs that a gate refused. quality, where there are samples: rounds (the round of
-    each sample), sentinel_s (per round), drift, steal, away, pressure (shares of time), switches,
-    noisy, cold, weight_copies, call_overhead_s, calibration_ratio, core, seed, denormals,
-    description (of a program).
+    each sample), sentinel_s (per round), drift, speed_factor (what turns the seconds into those at
+    the session's speed), disturbance (relative standard error that the flags stand for), steal,
+    away, pressure (shares of time), switches, noisy, cold, weight_copies, call_overhead_s,
+    calibration_ratio, core, seed, denormals, environment, description (of a program).
     """
 
     key: str
@@ -183,9 +184,23 @@ def time_block(
             timings[culprit] = CellTiming(culprit, error=reason)
             waiting = [cell for cell in waiting if cell.key != culprit]
         else:
-            timings |= {item["key"]: CellTiming.from_json(item) for item in reply["cells"]}
+            timings |= {cell.key: _answered(reply, cell.key) for cell in waiting}
             break
     return [timings[cell.key] for cell in cells]
+
+
+def _answered(reply: Mapping[str, Any], key: str) -> CellTiming:
+    """The cell's part of the answer; a time that cannot be one is a failure of the cell.
+
+    Raises DeviceError where there is no such part.
+    """
+    try:
+        (item,) = [item for item in reply["cells"] if item["key"] == key]
+        return CellTiming.from_json(item)
+    except InputError as error:
+        return CellTiming(key, error=f"answer of the worker: {error}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeviceError(f"answer of the worker about {key}", repr(error)) from None
 
 
 def _keep(place: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import itertools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hwmpq.devices import Device
 from hwmpq.errors import DeviceError, InputError
@@ -21,11 +25,14 @@ from hwmpq.measure.process import WorkerProcess
 #: The longest silence while a piece of a file is on its way, and its size in bytes.
 TRANSFER_DEADLINE_S = 60.0
 _PIECE_BYTES = 8 << 20
+#: Images that an artifact there gets at once; it has the same deadline for them.
+_PART_IMAGES = 32
 #: Fields of a Cell that name a file or a folder.
 _FILES = ("library", "args", "expected", "loop", "path", "input")
 #: Reads the program from stdin, checks it, and hands over. Arguments: its bytes, SHA-256, settings.
 _BOOT = f"""
 import hashlib, os, sys, tempfile
+sys.modules["torch"] = None  # tvm_ffi would import it, where there is one, for seconds
 size, right = int(sys.argv[1]), sys.argv[2]
 data = b""
 while len(data) < size:
@@ -58,8 +65,10 @@ class RemoteWorker(WorkerProcess):
         super().__init__(log=log, threads=threads)
         program = kit.archive()
         pairs = [f"{name}={value}" for name, value in self.settings.items()]
-        arguments = [str(len(program)), hashlib.sha256(program).hexdigest(), *pairs]
-        self.command = device.command(["-c", _BOOT, *arguments])
+        digest = hashlib.sha256(program).hexdigest()
+        #: The device, and the arguments of its Python.
+        self.device, self.arguments = device, ["-c", _BOOT, str(len(program)), digest, *pairs]
+        self.command = device.command(self.arguments)
         self.preamble = program
         # No name twice: a library of a known name is not loaded again but the old one taken.
         self._numbers = itertools.count()
@@ -78,13 +87,15 @@ class RemoteWorker(WorkerProcess):
         return super().call(op, payload, deadline_s, on_progress)
 
     def describe(self) -> dict[str, Any]:
-        """See `onsite.describe`. Raises DeviceError also for an answer that cannot be one."""
+        """See `onsite.describe`. Raises DeviceError also for an answer that cannot be one, and for
+        another machine than the device's description names."""
         found = self._function("onsite:describe", {})
         name, features = found.get("fingerprint"), found.get("features")
         if not (isinstance(name, str) and re.fullmatch(r"[\w-]{1,80}", name)):
             raise DeviceError("fingerprint of the device", repr(name))
         if not (isinstance(features, list) and all(isinstance(f, str) for f in features)):
             raise DeviceError("features of the device", repr(features))
+        self.device.recognize(name)
         return found
 
     def _function(self, name: str, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,17 +112,64 @@ class RemoteWorker(WorkerProcess):
             name = f"{number}-{field}{path.suffix}"
             if path.is_dir():
                 for file in sorted(path.iterdir()):
-                    self._put(file, f"{name}/{file.name}")
+                    self._put(file.read_bytes(), f"{name}/{file.name}")
             else:
-                self._put(path, name)
+                self._put(path.read_bytes(), name)
             there[field] = f"{place}/{name}"
         return there
 
-    def _put(self, path: Path, name: str) -> None:
-        data = path.read_bytes()
+    def _put(self, data: bytes, name: str) -> None:
         for begin in range(0, len(data) or 1, _PIECE_BYTES):
             piece = data[begin : begin + _PIECE_BYTES]
             request: dict[str, Any] = {"name": name, "data": base64.b64encode(piece).decode()}
             if begin + _PIECE_BYTES >= len(data):
                 request["sha256"] = hashlib.sha256(data).hexdigest()
             self._function("onsite:put", request)
+
+
+class RemoteArtifact:
+    """An artifact on a device, run there on images from here: for a target that this machine's CPU
+    cannot run."""
+
+    def __init__(self, worker: RemoteWorker, folder: Path):
+        """Raises DeviceError where the device is lost or another one."""
+        self._worker = worker
+        worker.describe()
+        worker._function("onsite:empty", {})
+        self._name = f"{next(worker._numbers)}-artifact"
+        for file in sorted(folder.iterdir()):
+            worker._put(file.read_bytes(), f"{self._name}/{file.name}")
+
+    def run_samples(
+        self, images: NDArray[Any], progress: Callable[[int], None] | None = None
+    ) -> NDArray[Any]:
+        """As Artifact.run_samples. Raises DeviceError also for outputs that cannot be some."""
+        rows = []
+        for at in range(0, len(images), _PART_IMAGES):
+            part = images[at : at + _PART_IMAGES]
+            rows.append(self._outputs(part))
+            if progress:
+                progress(len(part))
+        return np.concatenate(rows)
+
+    def first_difference(self) -> str:
+        """The first tensor of the golden samples that comes out otherwise there, or ''."""
+        return str(
+            self._worker._function("onsite:replay", {"artifact": self._name})["first_difference"]
+        )
+
+    def _outputs(self, images: NDArray[Any]) -> NDArray[Any]:
+        packed = io.BytesIO()
+        np.save(packed, images, allow_pickle=False)
+        name = f"{self._name}-images"
+        self._worker._put(packed.getvalue(), name)
+        request = {"artifact": self._name, "images": name}
+        answer = self._worker._function("onsite:outputs", request)
+        try:
+            data = base64.b64decode(answer["outputs"], validate=True)
+            found: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise DeviceError("outputs from the device", repr(error)) from None
+        if found.dtype != np.float32 or len(found) != len(images):
+            raise DeviceError("outputs from the device", f"{found.dtype} {list(found.shape)}")
+        return found

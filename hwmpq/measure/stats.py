@@ -13,13 +13,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq.types import FloatArray
-
 Verdict = Literal["faster", "slower", "same", "ambiguous"]
 Values = Sequence[float] | NDArray[np.float64]
 
 #: Fewest samples for which a 95 % sign interval exists: 2 · 2⁻⁶ = 3.1 %, 2 · 2⁻⁵ = 6.3 %.
 MIN_SAMPLES = 6
+#: A machine whose sentinel moved by no more than this ran at one speed ...
+STEADY = 0.03
+#: ... and one whose sentinel moved by more than this is timed again.
+UNSTEADY = 0.10
+#: Relative standard error of a median for which there were too few quiet epochs.
+NOISY = 0.05
 
 
 def median(samples: Values) -> float:
@@ -27,11 +31,6 @@ def median(samples: Values) -> float:
     if len(samples) == 0:
         raise ValueError("median of no samples")
     return float(np.median(samples))
-
-
-def mad(samples: Values) -> float:
-    """Median absolute deviation from the median, in the samples' unit (not scaled to a sigma)."""
-    return median(np.abs(np.asarray(samples, dtype=np.float64) - median(samples)))
 
 
 def median_interval(samples: Values, confidence: float = 0.95) -> tuple[float, float]:
@@ -97,18 +96,20 @@ def drift(sentinel_s: Values) -> float:
     return median(values[-half:]) / median(values[:half]) - 1
 
 
-def correct_drift(
-    samples_s: Values, sentinel_s: Values, reference_s: float | None = None
-) -> FloatArray:
-    """Seconds as they would have been at the machine's reference speed.
+def speed_factor(sentinel_s: Values, reference_s: float) -> float:
+    """Factor that turns a block's seconds into those at the session's reference speed.
 
-    sentinel_s[i]: the fixed workload's time in the round of samples_s[i]; reference_s: its time in
-    the reference session (default: its median here). The correction is multiplicative.
+    sentinel_s: the fixed workload's seconds in each round; reference_s: in the session. 1 where
+    they differ by no more than STEADY: less is the sentinel's own noise.
     """
-    samples = np.asarray(samples_s, dtype=np.float64)
-    sentinel = np.asarray(sentinel_s, dtype=np.float64)
-    if samples.shape != sentinel.shape:
-        raise ValueError(f"one sentinel per sample: {samples.shape} and {sentinel.shape}")
-    reference = median(sentinel) if reference_s is None else reference_s
-    corrected: FloatArray = samples * (reference / sentinel)
-    return corrected
+    factor = reference_s / median(sentinel_s)
+    return factor if abs(math.log(factor)) > math.log1p(STEADY) else 1.0
+
+
+def disturbance(noisy: bool, factor: float, spread: float = 0.0) -> float:
+    """Relative standard error that the quality flags of a timing stand for, 0 for a quiet one.
+
+    noisy: not enough quiet epochs; factor: of `speed_factor`, half of which is doubted; spread:
+    between the medians of several processes, as (largest / smallest) − 1.
+    """
+    return math.hypot(NOISY * noisy, abs(math.log(factor)) / 2, spread / 2)

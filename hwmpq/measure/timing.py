@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -15,7 +16,7 @@ import numpy as np
 
 from hwmpq.errors import InputError
 from hwmpq.measure import gates, protocol, stats
-from hwmpq.measure.environment import conditions, fingerprint
+from hwmpq.measure.environment import conditions, doubts, fingerprint
 from hwmpq.measure.kernel import WrongNumbers, call_overhead_s, check_kernel, load_kernel
 from hwmpq.measure.protocol import Cell, CellTiming
 from hwmpq.measure.public import public_function
@@ -24,6 +25,7 @@ Progress = Callable[[Mapping[str, Any]], None]
 #: Cells of one block share their inner count unless their times differ by more than this.
 MAX_SHARED_RATIO = 10.0
 _SENTINEL_BYTES = bytes(64 << 10)
+_REFERENCE_RUNS = 15
 
 
 class Runner(Protocol):
@@ -64,7 +66,8 @@ class Entry:
 
 
 def get_ready(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Import TVM and do all that is done once per process; answers who the worker's machine is.
+    """Import TVM and do all that is done once per process; answers who the worker's machine is, its
+    conditions, and the doubts about them.
 
     payload: {"compiles": whether cells will come without their loop}.
     """
@@ -72,7 +75,9 @@ def get_ready(payload: Mapping[str, Any]) -> dict[str, Any]:
 
     if payload.get("compiles"):
         call_overhead_s()
-    return {"fingerprint": fingerprint(), "tvm": tvm.__version__, **conditions()}
+    reference_s()
+    now = conditions()
+    return {"fingerprint": fingerprint(), "tvm": tvm.__version__, "doubts": doubts(now), **now}
 
 
 def run_block(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def run_block(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
         if entries:
             progress({"step": "time"})
             _share_counts(entries, plan.epoch_s)
-            shared = _rounds(entries, plan, core, progress)
+            shared = _steady_rounds(entries, plan, core, progress)
             timings |= {item.cell.key: _timing(item, plan.rounds, shared) for item in entries}
     return {"cells": [timings[cell.key].to_json() for cell in cells]}
 
@@ -179,6 +184,21 @@ def latin_square(size: int) -> list[list[int]]:
     return [[(item + row) % size for item in first] for row in range(size)]
 
 
+def _steady_rounds(
+    entries: list[Entry], plan: protocol.Protocol, core: int | None, progress: Progress
+) -> dict[str, Any]:
+    """As `_rounds`; where the machine ran at another speed than the session's, once more: the first
+    epochs then count as rejected."""
+    environment = conditions()
+    shared = _rounds(entries, plan, core, progress)
+    if abs(math.log(shared["speed_factor"])) > math.log1p(stats.UNSTEADY):
+        for entry in entries:
+            entry.rejected += zip(entry.rounds, entry.kept, strict=True)
+            entry.kept, entry.rounds = [], []
+        shared = _rounds(entries, plan, core, progress)
+    return {**shared, "environment": environment}
+
+
 def _rounds(
     entries: list[Entry], plan: protocol.Protocol, core: int | None, progress: Progress
 ) -> dict[str, Any]:
@@ -195,7 +215,7 @@ def _rounds(
         entry.runner.run(entry.count)
     for number in range(plan.rounds):
         progress({"step": "time", "round": number})
-        sentinel.append(min(_sentinel_s() for _ in range(2)))
+        sentinel.append(_sentinel_s())
         for index in orders[number % len(items)]:
             entry = items[index]
             for _ in range(2):
@@ -212,6 +232,7 @@ def _rounds(
     return {
         "sentinel_s": sentinel,
         "drift": stats.drift(sentinel),
+        "speed_factor": stats.speed_factor(sentinel, reference_s()),
         "pressure": whole.pressure,
         "block_steal": whole.steal,
         "core": core,
@@ -226,12 +247,21 @@ def _epoch(runner: Runner, count: int, core: int | None, threads: int) -> gates.
     return gates.Epoch.between(before, gates.Counters.read(core), seconds, count, threads)
 
 
+@functools.cache
+def reference_s() -> float:
+    """Median seconds of the sentinel when the session, this process, began."""
+    return stats.median([_sentinel_s() for _ in range(_REFERENCE_RUNS)])
+
+
 def _sentinel_s() -> float:
-    """Seconds of a fixed piece of work: SHA-256 of 64 KiB of zeros, eight times."""
-    began = time.perf_counter()
-    for _ in range(8):
-        hashlib.sha256(_SENTINEL_BYTES).digest()
-    return time.perf_counter() - began
+    """Seconds of a fixed piece of work, the better of two: SHA-256 of 64 KiB of zeros, 8 times."""
+    found = []
+    for _ in range(2):
+        began = time.perf_counter()
+        for _ in range(8):
+            hashlib.sha256(_SENTINEL_BYTES).digest()
+        found.append(time.perf_counter() - began)
+    return min(found)
 
 
 def _timing(entry: Entry, rounds: int, shared: Mapping[str, Any]) -> CellTiming:
@@ -246,6 +276,7 @@ def _timing(entry: Entry, rounds: int, shared: Mapping[str, Any]) -> CellTiming:
         **shared,
         "rounds": [number for number, _ in samples],
         "noisy": noisy,
+        "disturbance": stats.disturbance(noisy, shared["speed_factor"]),
         "steal": max(epoch.steal for epoch in epochs),
         "away": max(epoch.away for epoch in epochs),
         "switches": sum(epoch.switches for epoch in epochs),

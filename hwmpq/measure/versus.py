@@ -137,7 +137,7 @@ def _judged(a: Row, b: Row, tolerance: float, confidence: float) -> Pair:
     x, y = a.measurement, b.measurement
     ratio, interval = None, None
     if not (x.error or y.error):
-        ratio, interval = ratio_interval(x.samples_s, y.samples_s, confidence)
+        ratio, interval = ratio_interval(x.steady_s, y.steady_s, confidence)
     word: Word = "AMBIGUOUS"
     if x.error or y.error:
         word = "BROKEN" if y.error else "MENDED"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import signal
 import struct
@@ -370,6 +371,32 @@ def test_crash_in_the_rounds_is_found_by_running_each_alone() -> None:
     results = time_block([Cell("a"), Cell("b"), Cell("c")], QUICK, script)
     assert [item.error for item in results] == ["", "crashed: SIGBUS in step 'time'", ""]
     assert script.blocks == [["a", "b", "c"], ["a"], ["b"], ["c"]]
+
+
+class Liar(WorkerProcess):
+    """A worker that answers what the test says."""
+
+    def __init__(self, answer: dict[str, Any]):
+        super().__init__()
+        self.answer = answer
+
+    def call(self, op: str, payload: Any, deadline_s: float, on_progress: Any = None) -> Any:
+        return self.answer if op == "time" else {}
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 0.0, -1.0, "1"])
+def test_a_time_that_cannot_be_one_is_a_failure_of_its_cell(seconds: Any) -> None:
+    good = CellTiming("a", samples_s=(1.0,)).to_json()
+    answer = {"cells": [good, {**good, "key": "b", "samples_s": [1.0, seconds]}]}
+    a, b = time_block([Cell("a"), Cell("b")], QUICK, Liar(answer))
+    assert a.samples_s == (1.0,) and not a.error
+    assert b.samples_s == () and "time of b" in b.error and "positive seconds" in b.error
+
+
+@pytest.mark.parametrize("cells", [None, 3, [], [{"key": "b"}], [{"key": "a"}], [3]])
+def test_an_answer_about_something_else(cells: Any) -> None:
+    with pytest.raises(DeviceError, match="answer of the worker about a"):
+        time_block([Cell("a")], QUICK, Liar({"cells": cells}))
 
 
 @pytest.mark.parametrize("step", [None, {"step": "lock"}])

@@ -161,12 +161,16 @@ def test_a_block_is_timed_where_nothing_can_be_compiled(
     assert not (folder / "files" / "1-library.so").exists()  # the block before is gone
 
 
-def test_who_is_there(worker: RemoteWorker) -> None:
+def test_who_is_there(worker: RemoteWorker, monkeypatch: pytest.MonkeyPatch) -> None:
     found = worker.describe()
     assert found["fingerprint"] and found["features"] and found["busy"] is False
     code = {"function": "hwmpq.measure.timing:get_ready", "payload": {"compiles": True}}
     with pytest.raises(WorkerFailed):  # there is no compiler there: the test above needs none
         worker.call("call", code, 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "device", replace(worker.device, fingerprint="x86_64-64c-0"))
+        with pytest.raises(DeviceError, match="device board is another machine"):
+            worker.describe()
 
 
 def test_a_damaged_or_straying_file_is_refused(worker: RemoteWorker, board: Path) -> None:
@@ -267,8 +271,10 @@ def test_a_peer_that_is_none(
 def test_a_model_is_quantized_for_another_machine(
     board: Path, device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Compiled here, cells and artifacts timed there."""
+    """Compiled here; timed there, and run there on the images, as this CPU is said to be unable."""
     from tiny_job import quantize_tiny
+
+    from hwmpq import artifact, targets
 
     told = f'transport = "ssh"\naddress = "board"\npython = "{device.python}"\nlock = "lock"\n'
     file = tmp_path / "devices.toml"
@@ -277,7 +283,11 @@ def test_a_model_is_quantized_for_another_machine(
     with pytest.raises(InputError, match="target of device board: got native"):
         quantize_tiny(device="board", store=tmp_path / "s.sqlite", out=tmp_path / "out")
     file.write_text(f'version = 1\n[devices.board]\n{told}target = "x86-avx2"\n')
-    found = quantize_tiny(device="board", store=tmp_path / "s.sqlite", out=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "satisfied_by_host", lambda target: ["sve"])
+        patch.setattr(artifact, "load", lambda folder: pytest.fail("run here"))
+        found = quantize_tiny(device="board", store=tmp_path / "s.sqlite", out=tmp_path / "out")
+    assert found.json["accuracy"]["n"] == 32 and found.json["parity"]["top1_agreement"] == 100
     assert found.json["status"] == "met" and found.json["device"] == "board"
     assert {c["latency_source"] for c in found.json["kernels"].values()} == {"measured"}
     assert (board / "lock").exists()  # held where the timing was

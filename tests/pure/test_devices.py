@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from hwmpq import devices
-from hwmpq.errors import InputError, UnknownName
+from hwmpq.devices import Device
+from hwmpq.errors import DeviceError, InputError, UnknownName
 
 
 @pytest.fixture
@@ -44,6 +46,7 @@ def test_command_lines(file: Path) -> None:
         '[devices.a]\ntransport = "adb"\n'
         '[devices.b]\ntransport = "adb"\naddress = "0123"\n'
         '[devices.e]\ntransport = "exec"\nprefix = ["qemu-aarch64", "-L", "/sys root"]\n'
+        '[devices.r]\ntransport = "rpc"\naddress = "127.0.0.1:9091"\nprefix = ["nice"]\n'
     )
     words = ["-c", "a = 'x'; b"]
     line = """taskset -c 2,3 '/a b/py' -c 'a = '"'"'x'"'"'; b'"""
@@ -54,7 +57,18 @@ def test_command_lines(file: Path) -> None:
     assert devices.load("b").command(words) == ["adb", "-s", "0123", *shell]
     emulated = ["qemu-aarch64", "-L", "/sys root", "python3", *words]
     assert devices.load("e").command(words) == emulated
-    assert all(devices.load(name).remote for name in "sabe")
+    client = [sys.executable, "-P", "-m", "hwmpq.measure.rpc.client", "127.0.0.1:9091"]
+    served = """nice python3 -c 'a = '"'"'x'"'"'; b'"""
+    assert devices.load("r").command(words) == [*client, served]
+    assert all(devices.load(name).remote for name in "saber")
+
+
+def test_another_machine_is_refused(file: Path) -> None:
+    file.write_text('version = 1\n[devices.local]\nfingerprint = "x86_64-8c-1f"\n')
+    devices.load().recognize("x86_64-8c-1f")
+    with pytest.raises(DeviceError, match=r"another machine: got x86_64-2c-0; allowed: x86_64-8c"):
+        devices.load().recognize("x86_64-2c-0")
+    Device("any").recognize("whatever")
 
 
 def test_unknown_device_names_the_nearest(file: Path) -> None:
@@ -76,6 +90,21 @@ def test_unknown_device_names_the_nearest(file: Path) -> None:
             'version = 1\n[devices.b]\ntransport = "ssh"\naddress = "-oProxyCommand=x"',
             "not the name of a machine",
         ),
+        ('version = 1\n[devices.b]\ntransport = "rpc"', "either the address of a server or"),
+        ('version = 1\n[devices.b]\ntransport = "rpc"\naddress = "host"', "HOST:PORT"),
+        (
+            'version = 1\n[devices.b]\ntransport = "rpc"\naddress = "h:1"\ntracker = "h:2"',
+            "either the address of a server or",
+        ),
+        (
+            'version = 1\n[devices.b]\ntransport = "rpc"\ntracker = "h:2"',
+            "not empty with a tracker",
+        ),
+        (
+            'version = 1\n[devices.b]\ntransport = "rpc"\ntracker = "h:2"\nkey = "a b"',
+            "key: letters, digits",
+        ),
+        ('version = 1\n[devices.b]\nkey = "k"', "tracker, key: for rpc only"),
         ('version = 1\n[devices.b]\nname = "c"', "The table names it"),
         ("version = 1\n[b]", "unknown key in device file .*: got b;"),
         ("version = 1\ndevices = 3", "NAME. tables"),

@@ -6,17 +6,21 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hwmpq.measure import stats
+from hwmpq.measure import CellTiming, stats
+from hwmpq.measure.replicate import joined
+from hwmpq.types import Measurement, Workload
+
+WORKLOAD = Workload.make("linear", m=1, k=1, n=1)
 
 
-def test_median_and_mad() -> None:
+def test_median() -> None:
     assert stats.median([3.0, 1.0, 2.0, 100.0]) == 2.5
-    assert stats.mad([1.0, 1.0, 2.0, 3.0, 100.0]) == 1.0
     with pytest.raises(ValueError, match="no samples"):
         stats.median([])
     with pytest.raises(ValueError, match="no samples"):
@@ -77,12 +81,48 @@ def test_compare_refuses() -> None:
 def test_drift() -> None:
     assert stats.drift([1.0] * 6 + [1.1] * 6) == pytest.approx(0.1)
     assert stats.drift([1.0]) == 0.0
-    sentinel = np.linspace(1.0, 1.3, 12)
-    flat = stats.correct_drift(5e-6 * sentinel, sentinel, reference_s=1.0)
-    assert flat == pytest.approx(np.full(12, 5e-6))
-    assert stats.correct_drift([2.0, 2.0], [1.0, 1.0]) == pytest.approx([2.0, 2.0])
-    with pytest.raises(ValueError, match="one sentinel per sample"):
-        stats.correct_drift([1.0], [1.0, 2.0])
+    assert stats.speed_factor([1.02, 1.0, 1.02], 1.0) == 1.0  # a steady machine is not corrected
+    assert stats.speed_factor([1.2, 1.25, 1.3], 1.0) == pytest.approx(0.8)
+
+
+def test_flags_widen_the_doubt() -> None:
+    assert stats.disturbance(False, 1.0) == 0
+    noisy, slow = stats.disturbance(True, 1.0), stats.disturbance(False, 0.9)
+    assert noisy == stats.NOISY and slow == pytest.approx(math.log(1 / 0.9) / 2)
+    both = stats.disturbance(True, 0.9, spread=0.04)
+    assert both == pytest.approx(math.sqrt(noisy**2 + slow**2 + 0.02**2))
+
+
+def _part(samples: list[float], factor: float = 1.0, error: str = "") -> CellTiming:
+    quality = {
+        "rounds": [*range(len(samples))], "sentinel_s": [1.0 / factor] * len(samples),
+        "speed_factor": factor, "noisy": False, "switches": 2, "core": 1, "drift": 0.0,
+        "steal": 0.0, "away": 0.001, "pressure": 0.1, "block_steal": 0.0, "calibration_ratio": 1.1,
+    }  # fmt: skip
+    return CellTiming("a", tuple(samples), inner_count=3, quality={} if error else quality,
+                      error=error)  # fmt: skip
+
+
+def test_processes_are_joined_at_one_speed() -> None:
+    """The second process ran on a machine that was a quarter slower, and said so."""
+    found = joined([_part([1.0, 1.01, 0.99]), _part([1.25, 1.26, 1.24], factor=0.8)], 3)
+    assert found.samples_s == (1.0, 1.01, 0.99, 1.25, 1.26, 1.24)
+    assert found.quality["rounds"] == [0, 1, 2, 3, 4, 5] and found.quality["processes"] == 2
+    assert found.quality["spread"] == pytest.approx(0) and found.quality["switches"] == 4
+    steady = Measurement("a", WORKLOAD, "fp32", "k", 1, found.samples_s, quality=found.quality)
+    assert steady.latency_s == pytest.approx(1.0, rel=0.02)
+    apart = joined([_part([1.0]), _part([1.1])], 1).quality
+    assert apart["spread"] == pytest.approx(0.1) and apart["disturbance"] == pytest.approx(0.05)
+    assert joined([_part([1.0]), _part([], error="crashed")], 1).error == "crashed"
+
+
+def test_a_disturbed_process_does_not_count_beside_quiet_ones() -> None:
+    wild = replace(_part([9.0] * 3), quality={**_part([9.0] * 3).quality, "noisy": True})
+    found = joined([_part([1.0] * 3), wild, _part([1.0] * 3)], 3)
+    assert found.samples_s == (1.0,) * 6 and found.rejected_s == (9.0,) * 3
+    assert found.quality["rounds"] == [0, 1, 2, 6, 7, 8] and not found.quality["noisy"]
+    alone = joined([_part([1.0] * 3), wild], 3)  # three quiet epochs are too few for an interval
+    assert alone.quality["noisy"] and len(alone.samples_s) == 6
 
 
 def test_importing_measure_is_light() -> None:
