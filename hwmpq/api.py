@@ -26,6 +26,7 @@ def quantize(
     device: str = "local",
     latency: str | float | None = None,
     max_size: str | int | None = None,
+    max_bops: str | None = None,
     max_drop: float | None = None,
     formats: Sequence[str] = (),
     pins: Sequence[str] = (),
@@ -55,7 +56,8 @@ def quantize(
     half of calib is set aside. Without labels the metric is agreement with float.
 
     latency: seconds or a budget such as '0.7x'; max_size: bytes or a budget such as '0.25x';
-    max_drop: accuracy points; calib_count, eval_count: at most so many images; max_time: seconds.
+    max_bops: '2.5G' or '0.2x'; max_drop: accuracy points; calib_count, eval_count: at most so many
+    images; max_time: seconds.
     The rest as the command's options of the same names. The result is written to `out`.
     Raises HwmpqError as `quantize_model` does.
     """
@@ -71,7 +73,8 @@ def quantize(
         model=name, target=target, device=device,
         latency=f"{latency:.12f}s" if isinstance(latency, (int, float)) else latency,
         max_size=f"{max_size}B" if isinstance(max_size, int) else max_size,
-        max_drop=max_drop, formats=tuple(formats), pins=tuple(pins), ties=tuple(ties),
+        max_bops=max_bops, max_drop=max_drop, formats=tuple(formats), pins=tuple(pins),
+        ties=tuple(ties),
         method=method, search=search, sensitivity=sensitivity, metric=metric, loss=loss,
         calib=calib_count, eval=eval_count, threads=threads, seed=seed,
         store=None if store is None else str(store), out=str(out), fresh=fresh, max_time=max_time,

@@ -5,9 +5,10 @@ make_menu         which formats each layer may take on the target
 calibrate         scales, zero points, rounded weights
 profile           seconds of every cell, measured, into the store; fill_in: or predicted
 sensitivities     how much the loss grows per layer and format
-make_problem      arrays; choose: the method's plan, with what the solver proved
+survey            whole artifacts timed, prices fitted on them, arrays for the solver
+candidates        the method's plan, with what the solver proved, and the exact ones beside it
 Bench             compiled; timed beside the fp32 and uniform artifacts; its accuracy measured
-and, where measured and predicted disagree, corrected and solved again
+refitted          what they took corrects the prices; solved again until the plan stays the same
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hwmpq import methods
 from hwmpq.errors import InfeasibleError, InputError
 from hwmpq.measure import WorkerProcess
 from hwmpq.methods.study import Chosen, Study
+from hwmpq.methods.trials import Trial, attempt_all, candidates, frozen
 from hwmpq.stages import budget as budgets
 from hwmpq.stages import imported
 from hwmpq.stages.bench import Attempt, Bench, Clock, baseline_names, limit_seconds
@@ -28,17 +30,18 @@ from hwmpq.stages.choose import (
     Point,
     fastest_within_drop,
     frontier_rows,
-    make_problem,
+    refined,
     walk_frontier,
     within,
 )
 from hwmpq.stages.facts import Facts, calibrate, monotone_violations, sensitivities
+from hwmpq.stages.ground import Ground, measured, refitted, survey
 from hwmpq.stages.job import Images, Job, Options, Progress, Silent, load_images, open_job
-from hwmpq.stages.latency import LatencyFacts, profile, timer
+from hwmpq.stages.latency import profile, timer
 from hwmpq.stages.menu import make_menu
 from hwmpq.stages.place import check_place, workshop
 from hwmpq.stages.predicted import fill_in
-from hwmpq.stages.pricing import fit_overhead, overhead_key, table
+from hwmpq.stages.pricing import price
 from hwmpq.stages.result import (
     EXIT_CODES,
     LayerRow,
@@ -49,9 +52,8 @@ from hwmpq.stages.result import (
     result_json,
     status_of,
 )
-from hwmpq.stages.timing import Timed
-from hwmpq.stages.verify import Accuracy, float_logits, simulated_drop
-from hwmpq.types import Assignment, Problem
+from hwmpq.stages.verify import Accuracy, Jury
+from hwmpq.types import Assignment
 
 __all__ = ["EXIT_CODES", "LayerRow", "Options", "Progress", "Result", "quantize_model"]
 
@@ -68,7 +70,7 @@ def quantize_model(
     """
     options = methods.settle(options)
     limit = budgets.parse_latency(options.latency)
-    budgets.parse_size(options.max_size, 0)
+    budgets.parse_sums(options.max_size, options.max_bops)
     if not options.dry_run:
         check_place(Path(options.out))
     clock = Clock()
@@ -107,37 +109,6 @@ def gather(job: Job, clock: Clock, images: Images) -> Facts:
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
-    """What every choice rests on. first: the baselines' times; latency: with the overhead."""
-
-    first: dict[str, Timed]
-    latency: LatencyFacts
-    problem: Problem
-
-
-def survey(bench: Bench) -> Ground:
-    """Time the baselines unless the store knows, fit the overhead, put the problem together.
-
-    The overhead is kept in the store, for `hwmpq search`, where it rests on measured cells alone.
-    """
-    job, facts = bench.job, bench.facts
-    size = budgets.parse_size(job.options.max_size, fp32_bytes(job))
-    first = bench.first_times()
-    measured = [(plan, first[name].latency_s) for name, plan in bench.uniforms().items()]
-    latency = fit_overhead(job, facts.latency, measured)
-    if all(cell.source == "measured" for cell in facts.latency.layers.values()):
-        job.store.put_fact("overhead", overhead_key(job), [latency.overhead_s, latency.speed])
-    with bench.clock.time("search"):
-        problem = make_problem(job, facts.menu, facts.loss, table(job, facts.menu, latency), size)
-    return Ground(first, latency, problem)
-
-
-def fp32_bytes(job: Job) -> int:
-    """Bytes of the layers' parameters in fp32: what relative sizes are relative to."""
-    return 4 * sum(layer.parameters + layer.bias for layer in job.network.layers)
-
-
-@dataclass(frozen=True, eq=False)
 class Plan:
     """The accepted (or best) attempt, how it was chosen, its accuracy and the rounds taken."""
 
@@ -166,75 +137,95 @@ def drop_limit(options: Options, limit: budgets.Latency | None) -> float | None:
     """--max-drop; 1 point where no budget says what to choose by, and None where one does."""
     if options.max_drop is not None:
         return options.max_drop
-    chosen_by_drop = options.max_size is None if limit is None else limit.fastest
+    sums = options.max_size or options.max_bops
+    chosen_by_drop = not sums if limit is None else limit.fastest
     return 1.0 if chosen_by_drop else None
 
 
 def _least_loss(bench: Bench, ground: Ground) -> Plan:
-    """Least loss within the budgets; the measured time decides, and corrects the prediction."""
-    job = bench.job
-    allowed = limit_seconds(bench.limit, ground.first)
-    study = Study(job, bench.facts)
-    best: tuple[Attempt, Chosen] | None = None
-    rounds = 0
+    """Least loss within the budgets."""
+    best, rounds = closed_loop(bench, ground)
+    accuracy = bench.accuracy(best.attempt.made, best.chosen.quantizers)
+    return Plan(best.attempt, best.chosen, accuracy, rounds)
+
+
+def closed_loop(bench: Bench, ground: Ground) -> tuple[Trial, int]:
+    """The best plan within the budgets by its measured time, and the rounds it took.
+
+    In each a few plans are timed, their times correct the prices, and the problem is solved again,
+    until the plan stays the same and is within the limit. Raises InfeasibleError.
+    """
+    study = Study(bench.job, bench.facts)
+    tried: list[Trial] = []
+    wanted: Assignment | None = None
+    allowed, rounds = limit_seconds(bench.limit, ground.first), 0
     while rounds < MAX_ROUNDS:
+        problem = within(ground.problem, allowed)
         with bench.clock.time("search"):
             try:
-                chosen = methods.choose(study, within(ground.problem, allowed))
+                before, wanted = wanted, study.solve(problem).choice
+                if wanted == before and tried[-1].attempt.within_limit:
+                    break
+                known = {frozen(trial.attempt.made.assignment) for trial in tried}
+                plans = candidates(study, problem, known)
             except InfeasibleError:
-                if best is None:
+                if not tried:
                     raise
                 break
+        better = measured(bench, ground, [plan.solution.choice for plan in plans])
+        if better is not None:
+            ground, wanted = better, None
+            continue
         rounds += 1
-        attempt = bench.attempt(chosen.solution.choice, chosen.quantizers, ground.latency)
-        if best is None or attempt.better_than(best[0]):
-            best = (attempt, chosen)
-        if attempt.within_limit:
-            break
-        assert allowed is not None and attempt.limit_s is not None
-        # What the plan took beyond its price is taken off the next plan's allowance.
-        excess = attempt.own.interval[1] / attempt.limit_s
-        reached = float(chosen.solution.latency_s or allowed)
-        allowed = min(allowed, reached) / excess * 0.995
-        job.progress.note(
-            f"round {rounds}: measured {attempt.own.latency_s * 1e3:.3g} ms against a limit of "
-            f"{attempt.limit_s * 1e3:.3g} ms; solving again"
-        )
-    assert best is not None
-    attempt, chosen = best
-    return Plan(attempt, chosen, bench.accuracy(attempt.made, chosen.quantizers), rounds)
+        # The method's plan comes last, so that it is `tried[-1]`.
+        tried += reversed(attempt_all(bench, study, ground.latency, plans))
+        new = [trial.attempt for trial in tried[-len(plans) :]]
+        ground, own = refitted(bench, ground, new), new[-1]
+        if own.limit_s is not None and not own.within_limit:
+            # What the plan took beyond its price is taken off the next plan's allowance.
+            reached = price(bench.job, own.made.assignment, ground.latency)
+            assert allowed is not None
+            allowed = min(allowed, reached) * own.limit_s / own.own.interval[1] * 0.995
+            bench.job.progress.note(
+                f"round {rounds}: measured {own.own.latency_s * 1e3:.3g} ms against a limit of "
+                f"{own.limit_s * 1e3:.3g} ms; solving again"
+            )
+    return min(tried, key=Trial.order), rounds
 
 
 def _fastest(bench: Bench, ground: Ground, points: list[Point], max_drop: float) -> Plan:
     """The fastest plan within the drop: judged by simulation, then on the artifact itself.
 
-    The frontier says how fast; the method chooses the plan that is as fast.
+    The frontier says how fast; the method's plan that is as fast drops less than the frontier's,
+    so it may be allowed to be faster still.
     """
     job, facts = bench.job, bench.facts
-    holdout = facts.images.holdout
-    with bench.clock.time("search"):
-        reference = float_logits(job, holdout, "held-out images")
-
-        def drop(assignment: Assignment) -> float:
-            return simulated_drop(job, assignment, facts.quantizers, holdout, reference)
-
-        index = fastest_within_drop(points, drop, max_drop)
     study = Study(job, facts)
+    with bench.clock.time("search"):
+        jury = Jury(job, facts.quantizers, facts.images.jury, max_drop)
+        index = fastest_within_drop(points, lambda plan: jury.judge(plan).drop, max_drop)
+        points, index = refined(ground.problem, points, index, jury.allows)
+        chosen = methods.choose(study, within(ground.problem, points[index].latency_s))
+        while index > 0 and study.time_for():
+            faster = methods.choose(study, within(ground.problem, points[index - 1].latency_s))
+            if not jury.allows(faster.solution.choice, faster.quantizers):
+                break
+            chosen, index = faster, index - 1
     rounds = 0
     while True:
         rounds += 1
-        with bench.clock.time("search"):
-            chosen = methods.choose(study, within(ground.problem, points[index].latency_s))
-        attempt = bench.attempt(chosen.solution.choice, chosen.quantizers, ground.latency)
-        accuracy = bench.accuracy(attempt.made, chosen.quantizers)
+        [trial] = attempt_all(bench, study, ground.latency, [chosen])
+        accuracy = bench.accuracy(trial.attempt.made, trial.chosen.quantizers)
         enough = accuracy.drop <= max_drop
         if enough or rounds >= MAX_ROUNDS or index + 1 >= len(points):
-            return Plan(attempt, chosen, accuracy, rounds)
+            return Plan(trial.attempt, trial.chosen, accuracy, rounds)
         job.progress.note(
             f"round {rounds}: drop {accuracy.drop:.2f} points is above {max_drop:g}; "
             "taking the next slower plan"
         )
         index += 1
+        with bench.clock.time("search"):
+            chosen = methods.choose(study, within(ground.problem, points[index].latency_s))
 
 
 def _finish(

@@ -168,11 +168,17 @@ class Measurement:
     quality: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def steady_s(self) -> FloatArray:
+        """The samples at the speed that the machine had when the session began: raw ones times
+        quality's `speed_factor`, which a sentinel timed beside them gave."""
+        return np.array(self.samples_s) * float(self.quality.get("speed_factor", 1.0))
+
+    @property
     def latency_s(self) -> float:
-        """Median of the samples. Raises ValueError for a failed measurement."""
+        """Median of the steady samples. Raises ValueError for a failed measurement."""
         if self.error or not self.samples_s:
             raise ValueError(f"cell {self.workload.op} {self.format} has no time: {self.error}")
-        return float(np.median(self.samples_s))
+        return float(np.median(self.steady_s))
 
 
 @dataclass(frozen=True, eq=False)

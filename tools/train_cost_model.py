@@ -1,4 +1,4 @@
-"""Train the cost model of a target from the measured rows of a store."""
+"""Measure, train, judge, and write the cost model of a target: cost_models/<target> in one go."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 from hwmpq import targets
 from hwmpq.errors import HwmpqError
 from hwmpq.measure.store import Store
+from hwmpq.predict import Predictor
 from hwmpq.predict.train import train
+from hwmpq.side_jobs import sample_cells
+from hwmpq.stages.job import Options
 
 
 def main() -> int:
@@ -20,15 +23,29 @@ def main() -> int:
     parser.add_argument("--fingerprint", default="", help="the machine, where there are several")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--rows", type=int, default=0, help="cells to measure first (default: 0, none)"
+    )
+    parser.add_argument("--max-time", type=float, help="seconds to measure at most")
+    parser.add_argument("--threads", type=int, default=1, help="of the cells to measure")
+    parser.add_argument("--prior", type=Path, help="folder of another target's model to start from")
+    parser.add_argument(
         "--ablate", action="store_true", help="also judge without parts of the features"
     )
     args = parser.parse_args()
     try:
         target = targets.load(args.target)
+        if args.rows:
+            options = Options(
+                "", target=target.name, store=args.store, seed=args.seed, max_time=args.max_time,
+                threads=args.threads,
+            )  # fmt: skip
+            print(sample_cells(options, args.rows), file=sys.stderr)
+        prior = Predictor.load(args.prior) if args.prior else None
         with Store.open(args.store) as store:
             _, report = train(
-                store, target, args.out, args.seed, args.fingerprint, ablate=args.ablate
-            )
+                store, target, args.out, args.seed, args.fingerprint, ablate=args.ablate,
+                prior=prior,
+            )  # fmt: skip
     except HwmpqError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from hwmpq.cli import artifacts, cost_model, jobs, machine, reports, solving, stores, target
+from hwmpq.cli import (
+    artifacts,
+    cost_model,
+    devices,
+    jobs,
+    machine,
+    reports,
+    solving,
+    stores,
+    target,
+)
 from hwmpq.cli.output import failure, perform
 
 app = typer.Typer(
@@ -24,6 +34,7 @@ app = typer.Typer(
 for _part in (jobs, solving, artifacts, machine, reports):
     _part.register(app)
 for _name, _group in (
+    ("devices", devices.group),
     ("target", target.group),
     ("cost-model", cost_model.group),
     ("store", stores.group),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,11 @@ def bench_artifact(
     artifact: str, rounds: int = 24, threads: int | None = None, seed: int = 0,
     against: tuple[str, str] | None = None,
 ) -> Answer:  # fmt: skip
-    """Time whole runs in a child process, as `quantize` does; a rival in the same rounds."""
+    """Time whole runs in a child process, as `quantize` does, and one start in another; a rival in
+    the same rounds."""
     runtime_only()
     from hwmpq.artifact import read_manifest
+    from hwmpq.artifact.startup import start_up
     from hwmpq.measure import Cell, Protocol
 
     manifest = read_manifest(Path(artifact))
@@ -39,16 +42,23 @@ def bench_artifact(
             cells.append(_rival(*against, manifest, count, Path(folder)))
         protocol = Protocol(rounds=rounds, threads=count, seed=seed, settle=against is not None)
         timing, *others = _timed(cells, protocol)
+    started = start_up(Path(artifact))
     found = timing_json(timing.samples_s)
     told: dict[str, Any] = {
         "version": VERSION, "artifact": str(artifact), "latency_s": found, "threads": count,
         "target": manifest["target"]["name"], "quality": dict(timing.quality),
+        "start_up_s": asdict(started),
     }  # fmt: skip
     lines = [
         f"{words.seconds(found['median'])} median (95 % interval "
         f"{words.interval(found['interval'])}), fastest {words.seconds(found['min'])}, "
         f"p90 {words.seconds(found['p90'])}; {found['samples']} samples, {count} thread(s)"
     ]
+    lines.append(
+        f"start-up: load {words.seconds(started.load)}, first result "
+        f"{words.seconds(started.first_call)}; import of TVM's runtime "
+        f"{words.seconds(started.import_tvm)}"
+    )
     if timing.quality.get("noisy"):
         lines.append("The machine was busy: these times are disturbed.")
     if against is not None:

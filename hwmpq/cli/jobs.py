@@ -25,11 +25,13 @@ def register(app: typer.Typer) -> None:
     command(app, *(n for n in shared.JOB if n != "max_drop"), panel=_PANEL)(frontier)
     names = tuple(name for name in shared.JOB if name != "sensitivity")
     command(app, *(n for n in names if n not in shared.GOAL), panel=_PANEL)(sensitivity)
-    profiled = (*shared.MODEL, *shared.TARGET, "formats", "pins", "tune", *shared.WORK)
-    command(app, *profiled, panel=_PANEL)(profile)
+    profiled = (*shared.MODEL, *shared.TARGET, "formats", "pins", "tune", "processes")
+    command(app, *profiled, *shared.WORK, panel=_PANEL)(profile)
     command(app, *shared.JOB, panel=_PANEL)(search)
     compiled = (*shared.MODEL, *shared.TARGET, *shared.DATA, "store", "out")
     command(app, *compiled, name="compile", panel=_PANEL)(compile_)
+    trained = ("target", *(name for name in shared.DATA if name != "loss"), "store", "out")
+    command(app, *shared.MODEL, *trained, panel=_PANEL)(finetune)
 
 
 def quantize(**given: Any) -> Answer:
@@ -132,8 +134,18 @@ def profile(
 
 def search(
     explain: Annotated[
-        bool, typer.Option("--explain", help="Also show every layer's options, and why not others.")
+        bool,
+        typer.Option(
+            "--explain",
+            help="Also every layer's options, why not others, and what the budgets are worth.",
+        ),
     ] = False,
+    problem: Annotated[
+        Path | None,
+        typer.Option(
+            "--problem", metavar="FILE", help="Also write what is solved, for `hwmpq solve`."
+        ),
+    ] = None,
     **given: Any,
 ) -> Answer:
     """Solve again from what the store knows: another budget costs no new measurement.
@@ -143,7 +155,7 @@ def search(
     from hwmpq.cli import tables
     from hwmpq.side_jobs import search_model
 
-    found = search_model(shared.options(**given), reporter(), explain)
+    found = search_model(shared.options(**given), reporter(), explain, problem)
     error = found.get("error") or {}
     note = f"error: {error['what']}: {error['got']}" if error else ""
     exit_code = _SEARCHED.get(str(found.get("status")), 0)
@@ -180,6 +192,53 @@ def compile_(
     path = None if quantizers is None else str(quantizers)
     found = compile_model(shared.options(**given), chosen, path, reporter())
     return Answer(found, lambda console: tables.pairs(console, found))  # fmt: skip
+
+
+def finetune(
+    assignment: Annotated[
+        Path,
+        typer.Option(
+            "--assignment",
+            metavar="F",
+            help="JSON {layer: format}, or a result.json or manifest.json that holds one.",
+        ),
+    ],
+    epochs: Annotated[
+        float, typer.Option("--epochs", metavar="N", help="Over the images; may be 0.1.")
+    ] = 1.0,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Images of a step.")] = 64,
+    rate: Annotated[
+        float, typer.Option("--rate", metavar="R", help="Adam's, at first; it falls to 0.")
+    ] = 2e-4,
+    distill: Annotated[
+        float,
+        typer.Option(
+            "--distill",
+            metavar="D",
+            help="0: learn the labels; 1: the float model's outputs, which need none.",
+        ),
+    ] = 0.5,
+    augment: Annotated[
+        bool, typer.Option("--augment", help="Shift images a little, and mirror half of them.")
+    ] = False,
+    **given: Any,
+) -> Answer:
+    """Train the weights and scales of an assignment for its rounding (LSQ), on all --calib-data.
+
+    DIR gets quantizers.safetensors and assignment.json for `hwmpq compile`; starting the command
+    again goes on from its last checkpoint. --data is for the reported accuracy only.
+
+    Example: hwmpq finetune zoo:digits_cnn --assignment my.json --calib-data digits#train --data
+    digits#test --epochs 5 --out tuned
+    """
+    chosen = read_assignment(assignment)
+    from hwmpq.cli import tables
+    from hwmpq.side_jobs import finetune_model
+    from hwmpq.side_jobs.finetune import Training
+
+    training = Training(epochs, batch, rate, distill, augment)
+    found = finetune_model(shared.options(**given), chosen, training, reporter())
+    return Answer(found, lambda console: tables.pairs(console, found))
 
 
 def read_assignment(path: Path) -> dict[str, str]:

@@ -1,11 +1,11 @@
-"""What can be compiled for and what is here: targets, devices, doctor."""
+"""What can be compiled for, and whether all is well here: targets, doctor."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,15 +13,12 @@ from hwmpq.cli.command import command
 from hwmpq.cli.output import VERSION, Answer
 from hwmpq.errors import HwmpqError
 
-if TYPE_CHECKING:
-    from hwmpq.devices import Device
-
 _PANEL = "This machine"
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for body in (targets, devices, doctor):
+    for body in (targets, doctor):
         command(app, panel=_PANEL)(body)
 
 
@@ -61,70 +58,6 @@ def targets() -> Answer:
         console.print(table(["target", "runs here", "features", "what it is"], cells))
 
     return Answer({"version": VERSION, "native": native, "targets": rows}, show)
-
-
-def devices() -> Answer:
-    """This machine, and the devices described in devices.toml: who can be reached, who is busy.
-
-    Example: hwmpq devices
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from hwmpq import devices as known
-    from hwmpq import targets as all_targets
-    from hwmpq.measure import fingerprint
-    from hwmpq.measure.environment import hardware
-
-    here = {
-        **hardware(), "fingerprint": fingerprint(), "features": sorted(all_targets.host_features())
-    }  # fmt: skip
-    found = list(known.load_all().values())
-    with ThreadPoolExecutor(8) as pool:
-        states = list(pool.map(_state, found))
-    rows: list[dict[str, Any]] = [
-        {
-            "name": d.name, "transport": d.transport, "address": d.address,
-            "target": d.target or "native", "cores": list(d.cores), "prefix": list(d.prefix),
-            **state,
-        }
-        for d, state in zip(found, states, strict=True)
-    ]  # fmt: skip
-
-    def show(console: Any) -> None:
-        from hwmpq.cli.tables import table
-
-        console.print(f"this machine: {here['model']}, {here['cores']} cores", markup=False)
-        console.print(f"  fingerprint {here['fingerprint']}", markup=False)
-        console.print(f"  features {' '.join(here['features'])}", markup=False)
-        cells = [
-            [
-                r["name"], f"{r['transport']} {r['address']}", r["target"],
-                " ".join(map(str, r["cores"])) or "any", r["state"],
-            ]
-            for r in rows
-        ]  # fmt: skip
-        console.print(table(["device", "reached by", "target", "cores", "state"], cells))
-        console.print(f"described in {known.path()}", markup=False)
-
-    told = {"version": VERSION, "here": here, "devices": rows, "file": str(known.path())}
-    return Answer(told, show)
-
-
-def _state(device: Device) -> dict[str, Any]:
-    """free, busy (somebody times there), or why it cannot be reached; and who it is."""
-    from hwmpq.measure.onsite import describe
-    from hwmpq.measure.remote import RemoteWorker
-
-    try:
-        if device.remote:
-            with RemoteWorker(device) as worker:
-                found = worker.describe()
-        else:
-            found = describe({})
-    except HwmpqError as error:
-        return {"state": f"not reached: {error}", "fingerprint": None}
-    state = "busy" if found["busy"] else "free"
-    return {"state": state, "fingerprint": found["fingerprint"]}
 
 
 def doctor(

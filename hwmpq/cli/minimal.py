@@ -1,4 +1,4 @@
-"""The commands for artifacts where typer and rich are not installed."""
+"""The commands for artifacts, and `devices serve`, where typer and rich are not installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hwmpq.cli import artifact_bench, artifact_jobs
+from hwmpq.cli import artifact_bench, artifact_jobs, serving
 from hwmpq.cli.output import Answer, failure, perform
 
 _NEEDED = "Install hwmpq with its dependencies (pip install hwmpq) for the other commands."
@@ -69,4 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--data", metavar="DATA")
     checked.add_argument("--eval", type=int, metavar="N")
     add("inspect", "What an artifact is.", lambda g: artifact_jobs.inspect_artifact(g.artifact))
+    _add_serve(commands)
     return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
+    text = "Offer this machine for timing, until interrupted."
+    group = commands.add_parser("devices", help=text).add_subparsers(required=True)
+    parser = group.add_parser("serve", help=text, description=text)
+    parser.add_argument("--key", required=True)
+    parser.add_argument("--tracker", metavar="HOST:PORT", default="")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=serving.SERVER_PORT)
+    parser.add_argument("--session-limit", type=float, default=serving.SESSION_S)
+    parser.add_argument("--trust-network", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(
+        body=lambda g: serving.serve_machine(
+            g.key, g.tracker, g.host, g.port, g.session_limit, g.trust_network
+        )
+    )

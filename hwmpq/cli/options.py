@@ -62,6 +62,15 @@ TABLE: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "calib": (_option(int, "--calib", _DATA, "Calibration samples.", "N"), 256),
+    "ptq": (
+        _option(
+            str | None, "--ptq", _DATA,
+            "Post-training quantization: bias, equalize, affine (means and deviations of "
+            "channels), adaround, adaround-blocks (learned rounding of the plan: minutes), or "
+            "none. bias.", "A,B,..",
+        ),
+        None,
+    ),
     "eval": (_option(int | None, "--eval", _DATA, "Samples of --data to use; all.", "N"), None),
     "metric": (
         _option(
@@ -88,6 +97,14 @@ TABLE: dict[str, tuple[Any, Any]] = {
     ),
     "max_size": (
         _option(str | None, "--max-size", _GOAL, "4MB, or 0.25x of the fp32 parameters.", "SIZE"),
+        None,
+    ),
+    "max_bops": (
+        _option(
+            str | None, "--max-bops", _GOAL,
+            "Bit operations, Σ MACs × weight bits × activation bits: 2.5G, or 0.2x of fp32.",
+            "BOPS",
+        ),
         None,
     ),
     "max_drop": (
@@ -153,13 +170,21 @@ TABLE: dict[str, tuple[Any, Any]] = {
         ),
         0,
     ),
+    "processes": (
+        _option(
+            int, "--processes", _WORK,
+            "Time every cell in N processes, whose luck with memory differs; they share the "
+            "rounds.", "N",
+        ),
+        3,
+    ),
     "dry_run": (_option(bool, "--dry-run", _WORK, "Plan only: compile and write nothing."), False),
 }  # fmt: skip
 
 MODEL = ("model", "weights", "input_shape")
 TARGET = ("target", "device", "threads")
-DATA = ("data", "calib_data", "calib", "eval", "metric", "loss")
-GOAL = ("latency", "max_size", "max_drop")
+DATA = ("data", "calib_data", "calib", "ptq", "eval", "metric", "loss")
+GOAL = ("latency", "max_size", "max_bops", "max_drop")
 CHOICE = ("formats", "pins", "ties", "method", "search", "sensitivity")
 WORK = ("store", "fresh", "max_time")
 #: The whole job: everything but --out and --dry-run.
@@ -174,6 +199,8 @@ def options(**given: Any) -> Options:
         given["input_shape"] = shape(given["input_shape"])
     if "formats" in given:
         given["formats"] = tuple(words(given["formats"]))
+    if given.get("ptq") is not None:
+        given["ptq"] = tuple(step for step in words(given["ptq"]) if step != "none")
     if "pins" in given:
         given["pins"] = tuple(item for text in given["pins"] or () for item in words(text))
     if "ties" in given:

@@ -130,10 +130,16 @@ def frontier(console: Console, found: Mapping[str, Any]) -> None:
         rows.append(
             [
                 words.seconds(plan.get("latency_s")), words.loss(plan.get("loss")),
-                words.percent(plan.get("accuracy")), words.nbytes(plan.get("nbytes")), mix,
+                _per_ms(plan.get("loss_per_s")), words.percent(plan.get("accuracy")),
+                words.nbytes(plan.get("nbytes")), mix,
             ]
         )  # fmt: skip
-    console.print(table(["latency", "loss", "accuracy", "weights", "formats"], rows))
+    heads = ["latency", "loss", "one ms more saves", "accuracy", "weights", "formats"]
+    console.print(table(heads, rows))
+
+
+def _per_ms(per_s: float | None) -> str:
+    return words.NONE if per_s is None else words.loss(per_s * 1e-3)
 
 
 def grid(console: Console, found: Mapping[str, Any], key: str) -> None:
@@ -177,7 +183,10 @@ def inspected(console: Console, found: Mapping[str, Any]) -> None:
 
 def searched(console: Console, found: Mapping[str, Any], explain: bool) -> None:
     """A solution; with explain what else every layer could have taken."""
-    pairs(console, found)
+    hidden = ("prices", "conflict")
+    pairs(console, {key: value for key, value in found.items() if key not in hidden})
+    for line in facts(found):
+        console.print(Text(line))
     for row in (found.get("rows") or []) if explain else []:
         console.print(Text(f"{row['name']}: {row['format']}", style="bold"))
         for fmt, seconds in (row.get("options") or {}).items():
@@ -186,10 +195,31 @@ def searched(console: Console, found: Mapping[str, Any], explain: bool) -> None:
         for fmt, reason in (row.get("why_not") or {}).items():
             console.print(Text(f"    {fmt:<10} not possible: {reason}"))
         for step in row.get("steps") or []:
-            console.print(Text(f"    {step['fmt']:<10} {_solved_again(step)}"))
+            console.print(Text(f"    {step['fmt']:<10} {solved_again(step)}"))
 
 
-def _solved_again(step: Mapping[str, Any]) -> str:
+#: What a price is told per: unit, and how many units of the problem it is.
+_PER = {"latency_s": ("ms", 1e-3), "nbytes": ("MB", 1e6), "bops": ("G bit operations", 1e9)}
+
+
+def facts(found: Mapping[str, Any]) -> list[str]:
+    """In words: what the budgets are worth, and which of them contradict."""
+    lines = []
+    for name, price in (found.get("prices") or {}).items():
+        unit, size = _PER.get(name, (name, 1.0))
+        less = "cannot be had" if price["less"] is None else f"costs {price['less'] * size:.3g}"
+        line = f"price of {name}: one {unit} more saves {price['more'] * size:.3g}, less {less}"
+        lines.append(line if price["proven"] else f"{line} (not proven)")
+    conflict = found.get("conflict") or {}
+    for group in conflict.get("groups") or []:
+        lines.append(f"cannot be met{' together' if len(group) > 1 else ''}: {', '.join(group)}")
+    for name, value in (conflict.get("relaxed") or {}).items():
+        if value is not None:
+            lines.append(f"enough alone: {name} raised to {_unit(name, value)}")
+    return lines
+
+
+def solved_again(step: Mapping[str, Any]) -> str:
     """What the best plan would be with a layer in this format."""
     if step["cost"] is None:
         return f"all else solved again: {step['status']}"

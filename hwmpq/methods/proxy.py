@@ -1,10 +1,12 @@
 """The hyperparameters of a plan's numbers, searched on a cheap proxy of its true loss.
 
-Proxy: the loss on a few held-out images, in chunks; a setting that does badly on the first ones is
-given up (Optuna's median pruner; settings are proposed by its tree-structured Parzen estimator,
-Bergstra et al., NeurIPS 2011). The best few by the proxy, the default and some of the others are
-then judged on all held-out images, and the best of those is taken; so the result is never worse
-than the default there, and the proxy's rank correlation with the full judgement is known.
+Proxy: how far the logits are from float's (KL) on a few held-out images, in chunks. Unlike the loss
+it needs no label, whose luck would drown the settings' differences on so few images. A setting that
+does badly on the first ones is given up (Optuna's median pruner; settings are proposed by its
+tree-structured Parzen estimator, Bergstra et al., NeurIPS 2011). The best few by the proxy, the
+default and some of the others are then judged by the loss on all held-out images, and the best of
+those is taken; so the result is never worse than the default there, and the proxy's rank
+correlation with the full judgement is known.
 
 Each judged chunk is kept in the store, and the sampler is seeded: a run that was interrupted goes
 through the same trials again, but pays only for those it had not finished.
@@ -19,14 +21,19 @@ import numpy as np
 from scipy import stats
 
 from hwmpq.methods.study import Judged, Setting, Study
+from hwmpq.quantize.ptq import OF_MENU
 from hwmpq.quantize.ranges import Method as Ranges
 from hwmpq.types import Assignment
 
 if TYPE_CHECKING:
     import optuna
 
-#: Trials of the proxy, chunks of it, and images of a chunk.
-TRIALS, CHUNKS, CHUNK = 24, 4, 16
+#: Settings that the proxy judges, chunks of it, and images of a chunk.
+SETTINGS, CHUNKS, CHUNK = 36, 4, 16
+#: The proxy's loss.
+LOSS = "kl"
+#: Trials at most, as one may propose a setting again; that one costs nothing.
+TRIALS = 4 * SETTINGS
 #: Settings that are judged in full: the best by the proxy, and others spread over the rest.
 BEST, SPREAD = 3, 3
 
@@ -53,23 +60,31 @@ def trials(study: Study, plan: Assignment) -> dict[Setting, list[Judged]]:
         chunks = found.setdefault(setting, [])
         for k in range(_chunks(study)):
             if k == len(chunks):
-                chunks.append(study.judge(plan, setting, k * CHUNK, (k + 1) * CHUNK))
+                chunks.append(study.judge(plan, setting, k * CHUNK, (k + 1) * CHUNK, LOSS))
             value = _mean(chunks[: k + 1])
             trial.report(value, k)
             if trial.should_prune():
                 raise optuna.TrialPruned
         return value
 
+    shown = 0
+
     def after(tuned: optuna.Study, _trial: object) -> None:
-        advance(1)
-        if not study.time_for():
+        nonlocal shown
+        advance(len(found) - shown)
+        shown = len(found)
+        if shown == SETTINGS or not study.time_for():
             tuned.stop()
 
     sampler = optuna.samplers.TPESampler(seed=study.job.options.seed, n_startup_trials=8)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
     tuned = optuna.create_study(sampler=sampler, pruner=pruner)
-    tuned.enqueue_trial({"ranges": Setting().ranges, "search": Setting().search})
-    with study.job.progress.stage("proxy search", TRIALS) as advance:
+    usual = Setting()
+    tuned.enqueue_trial(
+        {"ranges": usual.ranges, "search": usual.search}
+        | {step: step in usual.steps for step in OF_MENU}
+    )
+    with study.job.progress.stage("proxy search", SETTINGS) as advance:
         tuned.optimize(objective, TRIALS, callbacks=[after])
     return found
 
@@ -78,10 +93,11 @@ def suggested(trial: optuna.Trial) -> Setting:
     """The percentile matters, and is asked for, only where the ranges are cut at one."""
     ranges: Ranges = trial.suggest_categorical("ranges", get_args(Ranges))
     searched = trial.suggest_categorical("search", [True, False])
+    steps = tuple(step for step in OF_MENU if trial.suggest_categorical(step, [True, False]))
     if ranges != "percentile":
-        return Setting(ranges, search=searched)
+        return Setting(ranges, search=searched, steps=steps)
     outside = trial.suggest_float("outside", 1e-3, 1.0, log=True)
-    return Setting(ranges, round(100 - outside, 4), searched)
+    return Setting(ranges, round(100 - outside, 4), searched, steps)
 
 
 def _chunks(study: Study) -> int:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hwmpq.formats import format_named
 from hwmpq.quantize.judge import predict
 from hwmpq.quantize.ranges import Method as Ranges
 from hwmpq.quantize.scores import LOSSES, Batch, default_loss, find_score, source_key
@@ -23,6 +22,7 @@ from hwmpq.quantizers import Quantizers
 from hwmpq.search import solve
 from hwmpq.stages.choose import least_loss
 from hwmpq.stages.facts import PERCENTILE, RANGES, SENSITIVITY_VERSION, calibrate, sensitivities
+from hwmpq.stages.job import PTQ
 from hwmpq.stages.verify import float_logits
 from hwmpq.types import Problem, Sensitivity, Solution, digest
 
@@ -37,11 +37,13 @@ SECONDS = 120.0
 @dataclass(frozen=True)
 class Setting:
     """How numbers are calibrated. ranges, percentile: of activations; search: are the scales of
-    weights searched for, or do they reach to the largest weight?"""
+    weights searched for, or do they reach to the largest weight? steps: what calibration does
+    beside that, of `quantize.calibrate.STEPS`."""
 
     ranges: Ranges = RANGES
     percentile: float = PERCENTILE
     search: bool = True
+    steps: tuple[str, ...] = PTQ
 
 
 @dataclass(frozen=True)
@@ -133,31 +135,28 @@ class Study:
         return self._made[1]
 
     def _calibrated(self, setting: Setting, assignment: Mapping[str, str]) -> Quantizers:
-        facts, graph = self.facts, self.job.graph
-        menu = replace(facts.menu, formats=tuple(dict.fromkeys(assignment.values())))
-        found = calibrate(self.job, facts.images, menu, setting.ranges, setting.percentile)
-        if setting.search:
-            return found
-        reaching = {
-            (node.name, fmt.name): fmt.quantize_weight(graph.constants[node.params["weight"]])
-            for node in graph.layers
-            if node.op != "matmul"
-            for fmt in [format_named(assignment[node.name])]
-        }
-        return replace(found, weights={**found.weights, **reaching})
+        menu = replace(self.facts.menu, formats=tuple(dict.fromkeys(assignment.values())))
+        return calibrate(
+            self.job, self.facts.images, menu, setting.ranges, setting.percentile, setting.steps,
+            setting.search,
+        )  # fmt: skip
 
     def judge(
         self, assignment: Mapping[str, str], setting: Setting | None = None,
-        start: int = 0, stop: int | None = None,
+        start: int = 0, stop: int | None = None, loss: str = "",
     ) -> Judged:  # fmt: skip
-        """The true loss of a plan on the held-out images, or on those from start to stop."""
+        """The true loss of a plan on the held-out images, or on those from start to stop.
+
+        loss: another loss than the job's, by name.
+        """
+        loss = loss or self.job.options.loss
         stop = self.images if stop is None else min(stop, self.images)
         setting = setting or Setting()
-        key = self._key(assignment, setting, start, stop)
+        key = self._key(assignment, setting, start, stop, loss)
         if key not in self._judged:
             kept = self.job.store.fact("judged", key)
             if kept is None:
-                kept = list(self._judge(assignment, setting, start, stop))
+                kept = list(self._judge(assignment, setting, start, stop, loss))
                 self.job.store.put_fact("judged", key, kept)
             self._judged[key] = Judged(float(kept[0]), stop - start, float(kept[1]))
         return self._judged[key]
@@ -167,18 +166,20 @@ class Study:
         times = [judged.seconds for judged in self._judged.values()]
         return self.spent_s + count * max(times, default=0.0) <= self.budget_s
 
-    def _key(self, assignment: Mapping[str, str], setting: Setting, start: int, stop: int) -> str:
+    def _key(
+        self, assignment: Mapping[str, str], setting: Setting, start: int, stop: int, loss: str
+    ) -> str:
         images, options = self.facts.images, self.job.options
         return digest(
             [SENSITIVITY_VERSION, self.job.key, images.calib.digest, images.holdout.digest,
-             start, stop, dict(assignment), asdict(setting), source_key(options.loss)]
+             start, stop, dict(assignment), asdict(setting), options.ptq, source_key(loss)]
         )  # fmt: skip
 
     def _judge(
-        self, assignment: Mapping[str, str], setting: Setting, start: int, stop: int
+        self, assignment: Mapping[str, str], setting: Setting, start: int, stop: int, word: str
     ) -> tuple[float, float]:
         """Loss increase and seconds."""
-        holdout, word = self.facts.images.holdout, self.job.options.loss
+        holdout = self.facts.images.holdout
         if self._reference is None:
             self._reference = float_logits(self.job, holdout, "held-out images")
         began = time.perf_counter()

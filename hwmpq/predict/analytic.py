@@ -17,8 +17,12 @@ from hwmpq.errors import InputError
 from hwmpq.formats import Format
 from hwmpq.kernels import Call, Kernel, Schedule, kernel_named
 from hwmpq.kernels.codes import memory_dtype
-from hwmpq.kernels.nests.gemm import Packing, blocks, row_cycles
+from hwmpq.kernels.nests.depthwise import EDGE
+from hwmpq.kernels.nests.gemm import Packing, blocks, pixels_of, row_cycles
 from hwmpq.kernels.nests.image import Geometry
+from hwmpq.kernels.nests.tiling import Tiling
+from hwmpq.kernels.nests.toom import POINTS, SIDE
+from hwmpq.kernels.nests.winograd import Winograd, cycles
 from hwmpq.targets import Caches, Target
 from hwmpq.types import FloatArray, Workload
 
@@ -114,6 +118,48 @@ def peak_macs(fmt: Format, kernel: Kernel, target: Target) -> float:
 
 def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, threads: int = 1) -> Work:
     """Count what the kernel does for the workload by its default schedule."""
+    found = _direct(workload, fmt, kernel, target, threads)
+    if isinstance(kernel.nest, Winograd):
+        return _transformed(found, workload, fmt, kernel, target, threads)
+    return found
+
+
+def _transformed(
+    direct: Work, workload: Workload, fmt: Format, kernel: Kernel, target: Target, threads: int
+) -> Work:
+    """The work of a kernel that multiplies transformed operands, from that of one that does not."""
+    t = Tiling.of(workload, kernel.micro, kernel.decoder.unit)
+    schedule, micro = direct.schedule, kernel.micro
+    spent = cycles(t, schedule, micro, fmt)
+    by_channels = schedule.order == "vectors"
+    block, vectors = t.block(schedule), min(schedule.vectors, t.vectors)
+    parallel = max(t.vectors // vectors, 1) if by_channels else -(-t.tiles // block)
+    speedup = parallel / -(-parallel // threads)
+    caches, wide = target.caches, target.vector_bytes
+    written = direct.out_bytes + direct.residual_bytes
+    moved = sum(n / bandwidth(n, caches, wide) for n in (direct.in_bytes, written))
+    nominal = dict(zip(TERMS, direct.terms, strict=True)) | {
+        "compute": spent.products / speedup,
+        "copy": 2.0 * direct.copied / micro.vector_bytes + spent.data / speedup,
+        "decode": spent.weights / speedup,
+        "epilogue": 6.0 * prod(workload.out_shape) / micro.lanes / speedup
+        + spent.results / speedup,
+        "restream": spent.stream / speedup,
+        "activations": moved / speedup,
+    }
+    return replace(
+        direct,
+        peak=direct.peak * 9 * SIDE**2 / POINTS,
+        kdepth=t.used * micro.kstep * POINTS // SIDE**2,
+        tile_bytes=float((vectors if by_channels else t.vectors) * t.steps * t.width * POINTS * 2),
+        parallel=parallel,
+        speedup=speedup,
+        terms=np.array([nominal[name] for name in TERMS]),
+    )
+
+
+def _direct(workload: Workload, fmt: Format, kernel: Kernel, target: Target, threads: int) -> Work:
+    """The work of a kernel that multiplies every weight with every input under it."""
     call = cell_call(workload, fmt, threads)
     schedule, micro = kernel.schedule(call), kernel.micro
     g, depthwise = Geometry.of(workload), workload.op == "depthwise"
@@ -121,16 +167,17 @@ def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thread
     packing = Packing.of(g, micro, kernel.decoder.unit)
     vectors = -(-g.cout // micro.lanes) if depthwise else packing.vectors
     steps = g.kh * g.kw if depthwise else packing.steps
-    pixels = g.n * oh * g.groups if not depthwise else g.n * oh
-    rows = min(schedule.rows, ow)
+    run = ow if depthwise else pixels_of(workload)
+    runs = g.n * oh if depthwise else g.groups if workload.has_weight else g.n
+    rows = min(schedule.rows, run)
     if depthwise:  # the last block of pixels of a row is smaller
-        per_row = sum(
+        per_run = sum(
             count_r * count_v * micro.cycles(r, v, fmt)
             for count_r, r in blocks(ow, rows)
             for count_v, v in blocks(vectors, schedule.vectors)
         )
     else:
-        per_row = row_cycles(ow, vectors, replace(schedule, rows=rows), micro, fmt)
+        per_run = row_cycles(run, vectors, replace(schedule, rows=rows), micro, fmt)
     lanes_padded = vectors * micro.lanes * (1 if depthwise else g.groups)
     copied = _copied(call, kernel, g, packing, depthwise)
     weights = prod(workload.weight_shape)
@@ -150,10 +197,9 @@ def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thread
         decoded /= g.groups  # its vectors run over the groups
     if not workload.has_weight:  # one element at a time (nests/gemm.py, _operand)
         decoded = float(g.n * packing.vectors * packing.steps * packing.width) * micro.vector_bytes
-    row_blocks = -(-ow // rows)
     again = 0.0
     if tile_bytes > target.caches.l1d:
-        again = lanes_padded * steps * micro.kstep * width * g.n * oh * row_blocks
+        again = lanes_padded * steps * micro.kstep * width * g.n * oh * ow / rows
         again /= bandwidth(tile_bytes, target.caches, target.vector_bytes)
     passes = -(-vectors // schedule.vectors) if schedule.order == "vectors" else 1
     caches, wide = target.caches, target.vector_bytes
@@ -163,7 +209,7 @@ def work(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thread
     written = out * act + residual_bytes
     terms = np.array(
         [
-            per_row * steps * micro.kstep * pixels / speedup,
+            per_run * steps * micro.kstep * runs / speedup,
             2.0 * copied * _ITEM[micro.a_dtype] / micro.vector_bytes,
             decoded / micro.vector_bytes,
             6.0 * out / micro.lanes * (1.5 if call.residual else 1.0) / speedup,
@@ -184,22 +230,35 @@ def _copied(call: Call, kernel: Kernel, g: Geometry, packing: Packing, depthwise
     """Elements of the scratch input, 0 where the input is read in place (image.copy_padded)."""
     micro = kernel.micro
     dtype, over = micro.a_dtype, packing.per_segment * micro.kstep > g.segment
+    height, width = g.padded
+    padded = (height, width) != (g.h, g.w)
     if depthwise:
         dtype = "float32" if micro.acc_dtype == "float32" else "uint8"
         over = g.cin % micro.lanes != 0
-    height, width = g.padded
-    if memory_dtype(call.x) == dtype and not over and (height, width) == (g.h, g.w):
+        padded = g.out[0] - inner_rows(g) > EDGE
+    if memory_dtype(call.x) == dtype and not over and not padded:
         return 0
     return g.n * height * width * g.cin
 
 
+def inner_rows(g: Geometry) -> int:
+    """Rows of the result whose windows lie between the first and the last row of the image."""
+    last = g.h + g.pt - (g.kh - 1) * g.dh
+    return sum(g.pt <= y * g.sh < last for y in range(g.out[0]))
+
+
+def inner_columns(g: Geometry) -> int:
+    """As `inner_rows`, of the columns."""
+    last = g.w + g.pl - (g.kw - 1) * g.dw
+    return sum(g.pl <= x * g.sw < last for x in range(g.out[1]))
+
+
 def _parallel(g: Geometry, schedule: Schedule, vectors: int, workload: Workload) -> int:
     """Iterations of the loop that runs in parallel (nests/gemm.py and nests/depthwise.py)."""
-    oh, ow = g.out
     if not workload.has_weight:
         return g.n
     if workload.op == "depthwise":
-        return oh
+        return g.out[0]
     if schedule.order == "vectors":
         return max(vectors // schedule.vectors, 1)
-    return oh if oh > 1 else max(ow // min(schedule.rows, ow), 1)
+    return max(pixels_of(workload) // schedule.rows, 1)

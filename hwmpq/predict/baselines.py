@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from hwmpq.predict.boost import Point, Settings, factors, nonnegative, ratios, train
-from hwmpq.predict.features import NAMES, PARTS
+from hwmpq.predict.boost import Point, Settings, factors, load, nonnegative, ratios, train
+from hwmpq.predict.features import F32, NAMES, PARTS
 from hwmpq.predict.rows import Table
 from hwmpq.types import FloatArray
 
@@ -68,7 +68,12 @@ def _nearest(known: Table, asked: Table, seed: int, settings: Settings) -> Float
 
 
 def _forest(known: Table, asked: Table, seed: int, settings: Settings) -> FloatArray:
-    """A random forest on the log of the time, with the same features (nn-Meter's model class)."""
+    """A random forest on the log of the time, with our features (nn-Meter's model class)."""
+    return np.exp(_trees(known.x, np.log(known.y), asked.x, seed, settings))
+
+
+def _trees(x: F32, y: FloatArray, asked: F32, seed: int, settings: Settings) -> FloatArray:
+    """What a random forest of y on x says for `asked`."""
     import xgboost
 
     options = {
@@ -77,13 +82,37 @@ def _forest(known: Table, asked: Table, seed: int, settings: Settings) -> FloatA
         "num_parallel_tree": settings.forest, "lambda": 0.0, "min_child_weight": 1.0,
         "verbosity": 0,
     }  # fmt: skip
-    data = xgboost.DMatrix(known.x, np.log(known.y), feature_names=list(NAMES), nthread=1)
-    return np.exp(ratios(xgboost.train(options, data, 1), asked.x))
+    forest = xgboost.train(options, xgboost.DMatrix(x, y, nthread=1), 1)
+    return np.asarray(forest.predict(xgboost.DMatrix(asked, nthread=1)), np.float64)
+
+
+def _nn_meter(known: Table, asked: Table, seed: int, settings: Settings) -> FloatArray:
+    """nn-Meter's predictor on the same rows (MobiSys 2021): a random forest per kind of kernel, of
+    image, channels, window, stride, FLOPs and parameters. It knows no number formats, so each
+    format of a kernel counts as a kind of its own; a kind without rows gets all rows."""
+    found = np.empty(len(asked))
+    kinds = [np.array([(r.workload.op, r.format) for r in t.rows], object) for t in (known, asked)]
+    x, y, target = _nn_meter_features(known), np.log(known.y), _nn_meter_features(asked)
+    for kind in {tuple(kind) for kind in kinds[1]}:
+        own, here = ((column == np.array(kind, object)).all(axis=1) for column in kinds)
+        own = own if own.any() else np.ones(len(known), bool)
+        found[here] = _trees(x[own], y[own], target[here], seed, settings)
+    return np.exp(found)
+
+
+def _nn_meter_features(table: Table) -> F32:
+    """[n, 7], of the tables of nn-Meter's paper; a layer without an image has 1 x 1 ones."""
+    rows = []
+    for work in table.done:
+        g = work.g
+        weights = g.cin // g.groups * g.cout * g.kh * g.kw
+        rows.append([g.h, g.cin, g.cout, g.kh, g.sh, 2 * work.macs, weights])
+    return np.array(rows, np.float32)
 
 
 def _static(known: Table, asked: Table, seed: int, settings: Settings) -> FloatArray:
     """The static terms with fitted factors, without trees."""
-    return np.asarray(asked.terms @ factors(known))
+    return np.asarray(load(known) * (asked.terms @ factors(known)))
 
 
 def ours(known: Table, asked: Table, seed: int, settings: Settings) -> FloatArray:
@@ -98,9 +127,10 @@ def without(part: str) -> Baseline:
 
     def predict(known: Table, asked: Table, seed: int, settings: Settings) -> FloatArray:
         found = factors(known)
-        ratio = np.log(known.y / (known.terms @ found))
+        ratio = np.log(known.quiet / (known.terms @ found))
         booster = train(known.x[:, keep], ratio, known.weight, seed, settings, names)
-        return np.asarray((asked.terms @ found) * np.exp(ratios(booster, asked.x[:, keep], names)))
+        static = load(known) * (asked.terms @ found)
+        return np.asarray(static * np.exp(ratios(booster, asked.x[:, keep], names)))
 
     return predict
 
@@ -112,5 +142,6 @@ BASELINES: Mapping[str, Baseline] = {
     "roofline": _scaled_roofline,
     "nearest": _nearest,
     "forest": _forest,
+    "nn-meter": _nn_meter,
     "static": _static,
 }

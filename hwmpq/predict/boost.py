@@ -1,9 +1,14 @@
-"""The two halves of the point model: factors of the static terms, and boosted trees on the rest."""
+"""The point model: factors of the static terms, boosted trees on the rest, and the usual load.
+
+The trees learn the quiet time, the least sample of a cell: what disturbs a time only adds to it,
+and comes in bursts that last for a block, so the medians of a shape are wrong together. One factor,
+the middle ratio of a median to its least sample, then leads to the time that is measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,19 +19,23 @@ from hwmpq.types import FloatArray
 
 #: Least share of its nominal cost that a term keeps: the estimate never loses sight of a term.
 _FLOOR = 0.02
+#: A model that starts from a prior gets this part of the trees of one that starts from nothing.
+_FURTHER = 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """trees, depth, rate: of the boosting; folds: of the out-of-fold predictions; coverage: share
-    of times that the band should hold; forest: trees of the random forest, a baseline."""
+    """trees, depth, rate, penalty (on the square of a leaf): of the boosting; folds: of the
+    out-of-fold predictions; coverage: share of times that the band should hold; forest: trees of
+    the random forest, a baseline."""
 
-    trees: int = 300
-    depth: int = 5
-    rate: float = 0.07
+    trees: int = 600
+    depth: int = 4
+    rate: float = 0.04
     folds: int = 5
     coverage: float = 0.9
     forest: int = 100
+    penalty: float = 2.0
 
 
 DEFAULTS = Settings()
@@ -44,27 +53,30 @@ def nonnegative(a: FloatArray, b: FloatArray, sweeps: int = 300) -> FloatArray:
 
 
 def factors(table: Table) -> FloatArray:
-    """Seconds per nominal cycle of each term [TERMS], by relative least squares, all positive."""
-    scale = float(np.median(table.y / table.terms.sum(axis=1)))
+    """Quiet seconds per nominal cycle of each term [TERMS], by relative least squares, all
+    positive."""
+    scale = float(np.median(table.quiet / table.terms.sum(axis=1)))
     root = np.sqrt(table.weight)
-    a = table.terms * (scale * root / table.y)[:, None]
+    a = table.terms * (scale * root / table.quiet)[:, None]
     return scale * (_FLOOR + nonnegative(a, root - _FLOOR * a.sum(axis=1)))
 
 
 def train(
     x: F32, y: FloatArray, weight: FloatArray, seed: int, settings: Settings,
-    names: Sequence[str] = NAMES,
+    names: Sequence[str] = NAMES, after: Any = None,
 ) -> Any:  # fmt: skip
-    """An xgboost.Booster of y on x, on one thread, the same for the same input."""
+    """An xgboost.Booster of y on x, on one thread, the same for the same input. after: a Booster
+    whose trees come first."""
     import xgboost
 
     data = xgboost.DMatrix(x, y, weight=weight, feature_names=list(names), nthread=1)
     options = {
         "objective": "reg:squarederror", "tree_method": "hist", "nthread": 1, "seed": seed,
         "eta": settings.rate, "max_depth": settings.depth, "subsample": 0.8,
-        "colsample_bytree": 0.6, "min_child_weight": 1.0, "lambda": 2.0, "verbosity": 0,
+        "colsample_bytree": 0.6, "min_child_weight": 1.0, "lambda": settings.penalty,
+        "verbosity": 0,
     }  # fmt: skip
-    return xgboost.train(options, data, settings.trees)
+    return xgboost.train(options, data, settings.trees, xgb_model=after)
 
 
 def ratios(booster: Any, x: F32, names: Sequence[str] = NAMES) -> FloatArray:
@@ -77,17 +89,42 @@ def ratios(booster: Any, x: F32, names: Sequence[str] = NAMES) -> FloatArray:
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """time = Σ factors · terms · exp(trees(features)).  factors: seconds per cycle, [TERMS]."""
+    """time = load · Σ factors · terms · exp(trees(features)).  factors: quiet seconds per cycle,
+    [TERMS]; load: measured over quiet time."""
 
     factors: FloatArray
     booster: Any
+    load: float
 
     @staticmethod
-    def fit(table: Table, seed: int, settings: Settings) -> Point:
+    def fit(table: Table, seed: int, settings: Settings, prior: Point | None = None) -> Point:
+        """prior: of another target. Its trees come first, and as its clock is not this one's, its
+        factors are scaled; new trees learn what is left."""
+        if prior is not None:
+            return prior.adapted(table, seed, settings)
         found = factors(table)
-        ratio = np.log(table.y / (table.terms @ found))
-        return Point(found, train(table.x, ratio, table.weight, seed, settings))
+        ratio = np.log(table.quiet / (table.terms @ found))
+        booster = train(table.x, ratio, table.weight, seed, settings)
+        return Point(found, booster, load(table))
+
+    def adapted(self, table: Table, seed: int, settings: Settings) -> Point:
+        """This model continued on the rows of another target; itself without any."""
+        if not len(table):
+            return self
+        known = np.log(table.quiet / (table.terms @ self.factors))
+        scale = float(np.exp(np.median(known - ratios(self.booster, table.x))))
+        # few rows: shallow trees, held back
+        trees = settings.trees // _FURTHER
+        further = replace(settings, trees=trees, depth=3, penalty=5 * settings.penalty)
+        ratio = known - np.log(scale)
+        booster = train(table.x, ratio, table.weight, seed, further, after=self.booster)
+        return Point(self.factors * scale, booster, load(table))
 
     def seconds(self, x: F32, terms: FloatArray) -> FloatArray:
         """x: [n, features], terms: [n, TERMS] -> [n]."""
-        return np.asarray((terms @ self.factors) * np.exp(ratios(self.booster, x)))
+        return np.asarray(self.load * (terms @ self.factors) * np.exp(ratios(self.booster, x)))
+
+
+def load(table: Table) -> float:
+    """The middle ratio of a measured time to the quiet time."""
+    return float(np.median(table.y / table.quiet))

@@ -1,9 +1,13 @@
 """Judging predictions on cells whose shapes the model has not seen, beside baselines.
 
 S1, new shapes: the groups are dealt into folds; every row is predicted once.
-S2, new networks: one network is left out at a time, and every shape that occurs in it.
+S2, new networks: one family is left out at a time, and every shape that occurs in it.
 S3, new formats: one format is left out at a time on half of the shapes, and judged there.
-All models see the same rows. A choice among formats needs tau_format; a budget, bias and p90.
+S4, new time: as S1, judged on what cells that were timed twice took the other time.
+S5, new device: `transfer.shots`, which needs another target's model.
+Who is on which side is told by hashes of group keys, before any fit. All models see the same rows.
+A choice among formats needs tau_format; a budget, bias and p90. This is level L1, kernels; whole
+networks (L2) and decisions (L3) need a device: tools/bench/additivity.py, tools/bench/decisions.py.
 """
 
 from __future__ import annotations
@@ -24,22 +28,28 @@ from hwmpq.predict.rows import Row, Table, folds
 from hwmpq.targets import Target
 from hwmpq.types import FloatArray
 
-Split = Literal["S1", "S2", "S3"]
-SPLITS: tuple[Split, ...] = ("S1", "S2", "S3")
+Split = Literal["S1", "S2", "S3", "S4"]
+SPLITS: tuple[Split, ...] = ("S1", "S2", "S3", "S4")
 Mask = NDArray[np.bool_]
 #: Upper ends, in seconds, of the classes of time that are reported apart.
 DECADES = {"below 10 us": 1e-5, "10 to 100 us": 1e-4, "0.1 to 1 ms": 1e-3, "above 1 ms": np.inf}
+#: A stratum of fewer rows is not called the worst.
+_FEW = 20
 
 
 def evaluate(
     rows: Sequence[Row], target: Target, seed: int = 0, settings: Settings = DEFAULTS,
-    splits: Sequence[Split] = SPLITS, ablate: bool = False, draws: int = 500,
+    splits: Sequence[Split] = SPLITS, ablate: bool = False, draws: int = 500, seeds: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """{rows, groups, self_agreement, splits: {split: {model: {metric: value, 'interval': {metric:
-    (low, high)}}}}, coverage, strata}; models: hwmpq and BASELINES, with `ablate` also 'no PART'.
+    """{rows, groups, noise_ceiling, splits: {split: {model: {metric: value, 'interval': {metric:
+    (low, high)}}}}, coverage, quiet, strata, worst, points}; models: hwmpq and BASELINES, with
+    `ablate` also 'no PART'.
 
-    A split that the rows do not allow (no network names, one format) is left out. self_agreement:
-    the most that any predictor can show. coverage: share of S1 within the band of the other folds.
+    A split that the rows do not allow (no families, one format, no cell timed twice) is left out.
+    noise_ceiling: the most that any predictor can show. With S1: coverage, share within the band of
+    the other folds; quiet: errors against the least samples; points: [(measured, predicted,
+    operator, format)]. seeds: so many models of ours, each with folds of its own; their values are
+    means, and 'spread' has each metric's standard deviation over them.
     """
     table = Table.of(rows, target)
     models: dict[str, Baseline] = {"hwmpq": ours, **BASELINES}
@@ -48,21 +58,34 @@ def evaluate(
     result: dict[str, Any] = {
         "rows": len(table),
         "groups": len(set(table.group)),
-        "self_agreement": self_agreement(rows),
+        "noise_ceiling": noise_ceiling(rows),
         "splits": {},
     }
     for split in splits:
         cuts = list(_cuts(table, split, seed, settings))
         if not cuts:
             continue
-        found = {name: _predicted(table, cuts, model, seed, settings) for name, model in
-                 models.items()}  # fmt: skip
-        result["splits"][split] = {
-            name: _judged(table, p, seed, draws) for name, p in found.items()
+        y = _truth(table, split)
+        found = {
+            name: _predicted(table, cuts, model, seed, settings) for name, model in models.items()
         }
+        judged = {name: _judged(table, y, p, seed, draws) for name, p in found.items()}
+        more = [
+            _judged(table, y, _predicted(table, list(_cuts(table, split, s, settings)), ours, s,
+                                         settings), s, 0)
+            for s in range(seed + 1, seed + seeds)
+        ]  # fmt: skip
+        result["splits"][split] = {**judged, "hwmpq": _over_seeds(judged["hwmpq"], more)}
         if split == "S1":
-            result["coverage"] = _coverage(table, found["hwmpq"], seed, settings)
-            result["strata"] = _strata(table, found["hwmpq"])
+            p = found["hwmpq"]
+            result["coverage"] = _coverage(table, p, seed, settings)
+            result["quiet"] = errors(table.quiet, p * float(np.median(table.quiet / table.y)))
+            result["strata"] = _strata(table, p)
+            result["worst"] = _worst(result["strata"])
+            result["points"] = [
+                (float(y[i]), float(p[i]), row.workload.op, row.format)
+                for i, row in enumerate(rows)
+            ]
     return result
 
 
@@ -71,45 +94,78 @@ def as_text(result: Mapping[str, Any]) -> str:
     head = ("rmspe_pct", "within_5_pct", "within_10_pct", "p90_pct", "bias_pct", "tau",
             "tau_format", "r2_log")  # fmt: skip
     lines = [f"{result['rows']} rows, {result['groups']} shapes"]
-    if result["self_agreement"]:
-        pairs = (f"{k} {v:.1f}" for k, v in result["self_agreement"].items())
-        lines.append("measurement against itself: " + ", ".join(pairs))
+    ceiling = result["noise_ceiling"]
+    told = "noise ceiling: " + ", ".join(f"{k} {v:.1f}" for k, v in ceiling.items())
     for split, models in result["splits"].items():
         lines += ["", f"{split:<14}" + "".join(f"{name:>15}" for name in head)]
         for name, values in models.items():
             lines.append(f"{name:<14}" + "".join(f"{values[key]:>15.2f}" for key in head))
-        for key, (low, high) in models["hwmpq"]["interval"].items():
+        ours = models["hwmpq"]
+        for key, (low, high) in ours["interval"].items():
             if key in ("rmspe_pct", "within_10_pct"):
-                lines.append(f"  hwmpq {key}: 95 % interval {low:.2f} to {high:.2f}")
+                spread = ours.get("spread", {}).get(key)
+                over = "" if spread is None else f"; over seeds ± {spread:.2f}"
+                lines.append(f"  hwmpq {key}: 95 % interval {low:.2f} to {high:.2f}{over}")
+        if ceiling:
+            lines.append(f"  {told}")
     if "coverage" in result:
-        lines += ["", f"band: {100 * result['coverage']:.1f} % of times inside"]
+        quiet = result["quiet"]
+        lines += [
+            "",
+            f"band: {100 * result['coverage']:.1f} % of times inside",
+            f"against the least samples: within 10 %: {quiet['within_10_pct']:.1f}, "
+            f"rmspe {quiet['rmspe_pct']:.1f} %",
+        ]
         for name, values in result["strata"].items():
             near, p90 = values["within_10_pct"], values["p90_pct"]
+            worst = "  worst" if name == result["worst"] else ""
             lines.append(
-                f"  {name:<16}{values['rows']:>6.0f} rows, within 10 %: {near:.1f}, p90 {p90:.1f} %"
+                f"  {name:<16}{values['rows']:>6.0f} rows, within 10 %: {near:.1f}, "
+                f"p90 {p90:.1f} %{worst}"
             )
     return "\n".join(lines) + "\n"
 
 
-def self_agreement(rows: Sequence[Row]) -> dict[str, float]:
-    """Percent of rows whose odd and even samples have medians within 5 and 10 percent, of rows
-    with eight samples or more; empty without any. Within one session: an upper bound on what
-    measuring again would show."""
+def noise_ceiling(rows: Sequence[Row]) -> dict[str, float]:
+    """How well measuring agrees with itself, in percent, as a prediction is judged: cells timed
+    again in another block, else (one session only, an upper bound) odd samples against even ones,
+    of cells with eight or more. `cells` of them; empty without any."""
+    twice = [(row.again_s[-1], row.latency_s) for row in rows if row.again_s]
     halves = [
-        (np.median(row.samples_s[::2]), np.median(row.samples_s[1::2]))
+        (float(np.median(row.samples_s[::2])), float(np.median(row.samples_s[1::2])))
         for row in rows
         if len(row.samples_s) >= 8
     ]
-    if not halves:
+    pairs = twice or halves
+    if not pairs:
         return {}
-    one, two = np.array(halves).T
+    one, two = np.array(pairs).T
     found = errors(one, two)
-    return {key: found[key] for key in ("within_5_pct", "within_10_pct")}
+    keys = ("within_5_pct", "within_10_pct", "rmspe_pct")
+    return {"cells": float(len(pairs)), **{key: found[key] for key in keys}}
+
+
+def _truth(table: Table, split: Split) -> FloatArray:
+    """The seconds that a split judges by: [n]."""
+    if split != "S4":
+        return table.y
+    return np.array([row.again_s[-1] if row.again_s else np.nan for row in table.rows])
+
+
+def _over_seeds(first: dict[str, Any], more: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not more:
+        return first
+    keys = [key for key in first if key not in ("interval", "rows")]
+    values = np.array([[one[key] for key in keys] for one in (first, *more)])
+    spread = dict(zip(keys, values.std(axis=0, ddof=1).tolist(), strict=True))
+    return {**first, **dict(zip(keys, values.mean(axis=0).tolist(), strict=True)), "spread": spread}
 
 
 def _cuts(table: Table, split: Split, seed: int, settings: Settings) -> Iterator[tuple[Mask, Mask]]:
     """(rows to train on, rows to predict) of each cut; both never share a group, S3 a format."""
-    if split == "S1":
+    if split == "S4" and not any(row.again_s for row in table.rows):
+        return
+    if split in ("S1", "S4"):
         fold = folds(table.group.tolist(), settings.folds, seed)
         for held in range(settings.folds):
             yield _useful(fold != held, fold == held)
@@ -153,11 +209,12 @@ def _predicted(
         return np.asarray(np.exp(total / count))
 
 
-def _judged(table: Table, p: FloatArray, seed: int, draws: int) -> dict[str, Any]:
-    use = ~np.isnan(p)
-    y, p, group = table.y[use], p[use], table.group[use]
-    return {**metrics(y, p, group), "rows": int(use.sum()),
-            "interval": interval(y, p, group, seed, draws)}  # fmt: skip
+def _judged(table: Table, y: FloatArray, p: FloatArray, seed: int, draws: int) -> dict[str, Any]:
+    """draws: of the bootstrap; 0: no intervals."""
+    use = ~(np.isnan(p) | np.isnan(y))
+    y, p, group = y[use], p[use], table.group[use]
+    found: dict[str, Any] = {**metrics(y, p, group), "rows": int(use.sum())}
+    return {**found, "interval": interval(y, p, group, seed, draws)} if draws else found
 
 
 def _coverage(table: Table, p: FloatArray, seed: int, settings: Settings) -> float:
@@ -186,3 +243,9 @@ def _strata(table: Table, p: FloatArray) -> dict[str, dict[str, float]]:
             here = np.array([label == name for label in column])
             found[name] = {"rows": float(here.sum()), **errors(table.y[here], p[here])}
     return found
+
+
+def _worst(strata: Mapping[str, Mapping[str, float]]) -> str:
+    """The stratum with the fewest times within 10 %, among those with enough rows."""
+    enough = {name: v for name, v in strata.items() if v["rows"] >= _FEW} or strata
+    return min(enough, key=lambda name: enough[name]["within_10_pct"])

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from hwmpq.errors import InputError
 from hwmpq.formats import Encoding, Format
 from hwmpq.kernels import Kernel
-from hwmpq.predict.analytic import TERMS, Work, resolve, work
+from hwmpq.kernels.nests import nests
+from hwmpq.kernels.nests.gemm import pixels_of
+from hwmpq.predict.analytic import TERMS, Work, inner_columns, inner_rows, resolve, work
 from hwmpq.targets import Target
 from hwmpq.types import LAYER_OPS, Workload
 
 #: Raise it when a name or the meaning of a value changes; a model of another version is refused.
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 
 F32 = NDArray[np.float32]
 EPILOGUE = ("bias", "add", "relu", "clamp", "gelu", "silu", "hardswish", "scale")
@@ -58,7 +60,7 @@ def _parts(
     workload: Workload, fmt: Format, kernel: Kernel, target: Target, threads: int, done: Work
 ) -> Mapping[str, Mapping[str, float]]:
     return {
-        "op": _op(workload, done),
+        "op": _op(workload, kernel, done),
         "shape": _shape(workload, done),
         "format": _format(fmt),
         "kernel": _kernel(fmt, kernel, done),
@@ -71,7 +73,7 @@ def _parts(
     }  # fmt: skip
 
 
-def _op(workload: Workload, done: Work) -> dict[str, float]:
+def _op(workload: Workload, kernel: Kernel, done: Work) -> dict[str, float]:
     present = workload.epilogue.split("+") if workload.epilogue else []
     unknown = [word for word in present if word not in EPILOGUE]
     if unknown:
@@ -79,6 +81,7 @@ def _op(workload: Workload, done: Work) -> dict[str, float]:
     g = done.g
     return {
         **{f"op_{op}": float(workload.op == op) for op in LAYER_OPS},
+        **{f"nest_{nest.name}": float(kernel.nest.name == nest.name) for nest in nests()},
         "grouped": float(workload.op == "conv2d" and g.groups > 1),
         "pointwise": float(g.kh == g.kw == 1),
         **{f"epilogue_{word}": float(word in present) for word in EPILOGUE},
@@ -186,15 +189,22 @@ def _cache(done: Work, target: Target) -> dict[str, float]:
 def _alignment(workload: Workload, kernel: Kernel, done: Work) -> dict[str, float]:
     g, lanes = done.g, kernel.micro.lanes
     depth = g.cin // g.groups * g.kh * g.kw
-    rows = min(done.schedule.rows, g.out[1])
+    oh, ow = g.out
+    run = ow if workload.op == "depthwise" else pixels_of(workload)
+    rows = min(done.schedule.rows, run)
     vectors = done.lanes_padded // lanes
-    ow = g.out[1]
+    # the others lie over an edge of the image: depthwise kernels emit them one by one
+    inside_h, inside_w = inner_rows(g), inner_columns(g)
     return {
         "lanes_rest": float(g.gout % lanes),
         "lane_waste": done.lanes_padded / g.cout - 1.0,
         "depth_waste": done.kdepth / depth - 1.0 if workload.op != "depthwise" else 0.0,
-        "pixel_rest": float(ow % rows),
-        "pixel_blocks": _log(-(-ow // rows)),
+        "pixel_rest": float(run % rows),
+        "pixel_blocks": _log(-(-run // rows)),
+        "pixel_waste": -(-run // rows) * rows / run - 1.0,
+        "edge_rows": float(oh - inside_h),
+        "edge_columns": float(ow - inside_w),
+        "edge_share": 1.0 - inside_h * inside_w / (oh * ow),
         "vector_rest": float(vectors % done.schedule.vectors),
         "vector_blocks": _log(-(-vectors // done.schedule.vectors)),
         "needs_copy": float(done.copied > 0),
@@ -209,7 +219,6 @@ def _names() -> dict[str, tuple[str, ...]]:
     from hwmpq.formats import format_named
     from hwmpq.kernels.decode import decoder
     from hwmpq.kernels.micro import micros
-    from hwmpq.kernels.nests import nests
     from hwmpq.targets import Caches, TimingDefaults
 
     fmt = format_named("fp32")

@@ -26,7 +26,7 @@ from hwmpq.targets import Target
 from hwmpq.targets import load as load_target
 from hwmpq.types import digest
 
-CARD_VERSION = 1
+CARD_VERSION = 2
 MODEL, CARD, ROWS = "model.ubj", "card.toml", "rows.jsonl"
 _MAX_BYTES = 256 << 20
 _PROBES = 16
@@ -73,19 +73,23 @@ def _predictor(card: Mapping[str, Any], folder: Path, target: Target | None) -> 
             raise InputError(f"{what} of the cost model {folder}", got, allowed, again)
     model, lines = (_read(folder / item, card["sha256"][item]) for item in (MODEL, ROWS))
     booster = _booster(folder, model, again)
-    rows = tuple(Row.from_json(json.loads(line)) for line in lines.decode().splitlines())
+    rows = _rows(lines)
     scope, bands = card["scope"], card["band"]
     predictor = Predictor(
         target,
-        Point(np.array([card["factors"][term] for term in TERMS], np.float64), booster),
+        Point(
+            np.array([card["factors"][term] for term in TERMS], np.float64), booster,
+            float(card["load"]),
+        ),
         (bands["known"][0], bands["known"][1]),
         (bands["novel"][0], bands["novel"][1]) if "novel" in bands else None,
+        tuple(map(float, bands["above"])),
         Scope(
             frozenset(scope["ops"]), frozenset(scope["threads"]), frozenset(scope["formats"]),
             frozenset(scope["kernels"]), (scope["estimate_s"][0], scope["estimate_s"][1]),
         ),
         rows, card["seed"], Settings(**card["settings"]), card["fingerprint"],
-        card["toolchain"], card["errors"],
+        card["toolchain"], card["errors"], card["prior"],
     )  # fmt: skip
     again_s = _probes(predictor)
     kept_s = card["probe_s"]
@@ -96,6 +100,18 @@ def _predictor(card: Mapping[str, Any], folder: Path, target: Target | None) -> 
             "the same", f"Its features or kernels have changed since. {again}",
         )  # fmt: skip
     return predictor
+
+
+def read_rows(path: Path) -> tuple[Row, ...]:
+    """The rows of a rows.jsonl. Raises InputError for a file that is none."""
+    try:
+        return _rows(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"rows of a cost model in {path}", error, f"a {ROWS}") from None
+
+
+def _rows(lines: bytes) -> tuple[Row, ...]:
+    return tuple(Row.from_json(json.loads(line)) for line in lines.decode().splitlines())
 
 
 def facts(target: Target) -> str:
@@ -110,7 +126,8 @@ def facts(target: Target) -> str:
 
 
 def _card(p: Predictor, model: bytes, rows: bytes) -> dict[str, Any]:
-    bands = {"known": list(p.known)} | ({"novel": list(p.novel)} if p.novel else {})
+    bands = {"known": list(p.known), "above": list(p.above)}
+    bands |= {"novel": list(p.novel)} if p.novel else {}
     settings = vars(p.settings)
     return {
         "card": CARD_VERSION,
@@ -119,8 +136,10 @@ def _card(p: Predictor, model: bytes, rows: bytes) -> dict[str, Any]:
         "target": p.target.name,
         "target_facts": facts(p.target),
         "fingerprint": p.fingerprint,
+        "prior": p.prior,
         "seed": p.seed,
         "rows": len(p.rows),
+        "load": p.point.load,
         "probe_s": _probes(p),
         "names": list(NAMES),
         "settings": settings,
@@ -160,8 +179,10 @@ def _read_card(folder: Path) -> Mapping[str, Any]:
             "Train the model again, or update hwmpq.",
         )  # fmt: skip
     known = {
-        "card", "features", "codegen", "target", "target_facts", "fingerprint", "seed", "rows",
-        "probe_s", "names", "settings", "toolchain", "factors", "band", "scope", "sha256", "errors",
+        "card", "features", "codegen", "target", "target_facts", "fingerprint", "prior", "seed",
+        "rows",
+        "load", "probe_s", "names", "settings", "toolchain", "factors", "band", "scope", "sha256",
+        "errors",
     }  # fmt: skip
     if set(card) != known:
         raise InputError(f"entries of the card {folder / CARD}", sorted(card), sorted(known))

@@ -11,7 +11,7 @@ that format as well: that one promises no coverage.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import TypeAlias
@@ -34,6 +34,9 @@ MIN_GROUPS = 20
 #: How far outside the trained range of static estimates a cell may lie and still count as known.
 _BEYOND = 2.0
 
+#: Shares of the times that `Predictor.above` states an upper end for.
+LEVELS = tuple(round(0.01 * k, 2) for k in range(50, 100))
+
 Band: TypeAlias = tuple[float, float]
 Cell: TypeAlias = tuple[Workload, Format, Kernel | str, int]
 
@@ -52,12 +55,15 @@ class Scope:
 @dataclass(frozen=True, eq=False)
 class Predictor:
     """point: the model; known, novel: log(time / prediction) at both ends of the band; novel is
-    None where one format is all there was. errors: split -> metric -> value, as in the card."""
+    None where one format is all there was. above: log(time / prediction) that 50, 51, ... 99 % of
+    the times of new shapes stay below. errors: split -> metric -> value, as in the card. prior:
+    target whose model it started from."""
 
     target: Target
     point: Point
     known: Band
     novel: Band | None
+    above: tuple[float, ...]
     scope: Scope
     rows: tuple[Row, ...]
     seed: int = 0
@@ -65,32 +71,39 @@ class Predictor:
     fingerprint: str = ""
     toolchain: Mapping[str, str] = field(default_factory=dict)
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    prior: str = ""
 
     @staticmethod
     def fit(
         rows: Sequence[Row], target: Target, seed: int = 0, settings: Settings = DEFAULTS,
         fingerprint: str = "", toolchain: Mapping[str, str] | None = None,
+        prior: Predictor | None = None,
     ) -> Predictor:  # fmt: skip
         """Train on all rows, the band out of fold. The same rows and seed give the same predictor.
 
-        Raises InputError when there are fewer than MIN_GROUPS shapes.
+        prior: another target's predictor to start from; the bands then reach as far as its own.
+        Raises InputError when there are fewer than MIN_GROUPS shapes (two with a prior).
         """
         table = Table.of(rows, target)
         shapes = len(set(table.group))
-        if shapes < MIN_GROUPS:
+        needed = MIN_GROUPS if prior is None else 2
+        if shapes < needed:
             raise InputError(
                 "different shapes among the rows of a cost model", shapes,
-                f"at least {MIN_GROUPS}", "Measure more layers, or more networks, on this target.",
+                f"at least {needed}", "Measure more layers, or more networks, on this target.",
             )  # fmt: skip
-        point = Point.fit(table, seed, settings)
-        out = out_of_fold(table, seed, settings)
-        unseen = _without_format(table, seed, settings)
+        start = None if prior is None else prior.point
+        point = Point.fit(table, seed, settings, start)
+        out = out_of_fold(table, seed, settings, start)
+        unseen = _without_format(table, seed, settings, start)
         formats = frozenset(row.format for row in rows)
         estimate = table.terms @ point.factors
-        return Predictor(
-            target, point, band(np.log(table.y / out), table.group, settings.coverage),
+        residual = np.log(table.y / out)
+        found = Predictor(
+            target, point, band(residual, table.group, settings.coverage),
             None if np.isnan(unseen).all()
             else band(np.log(table.y / unseen), table.group, settings.coverage),
+            tuple(above(residual, table.group, q) for q in LEVELS),
             Scope(
                 frozenset(row.workload.op for row in rows),
                 frozenset(row.threads for row in rows), formats,
@@ -99,6 +112,24 @@ class Predictor:
             ),
             tuple(rows), seed, settings, fingerprint, dict(toolchain or {}),
             {"S1": metrics(table.y, out, table.group)},
+        )  # fmt: skip
+        return found if prior is None else found._with_prior(prior)
+
+    def _with_prior(self, prior: Predictor) -> Predictor:
+        """As wide in its bands as the prior, and as wide in what it knows."""
+        novel = prior.novel or prior.known
+        own, other = self.scope, prior.scope
+        return replace(
+            self,
+            known=_around(self.known, prior.known),
+            novel=_around(self.novel or self.known, novel),
+            above=tuple(map(max, self.above, prior.above)),
+            scope=replace(
+                own, ops=own.ops | other.ops, formats=own.formats | other.formats,
+                kernels=own.kernels | other.kernels,
+                estimate_s=_around(own.estimate_s, other.estimate_s),
+            ),
+            prior=prior.target.name,
         )  # fmt: skip
 
     def predict(
@@ -136,6 +167,25 @@ class Predictor:
         ]
         return np.column_stack([centre, centre[:, None] * np.exp(np.array(bands))])
 
+    def upper(self, cells: Sequence[Cell], q: float = 0.8) -> FloatArray:
+        """[cells]: seconds that a share q of the times of such cells stays below, from 0.5 to 0.99.
+
+        For a search: it picks the cells whose times are predicted too short, so it must not be
+        given their centre. A cell unlike those that were measured gets at least the upper end of
+        its band. Raises as `predict_many`; InputError for another q.
+        """
+        if not LEVELS[0] <= q <= LEVELS[-1]:
+            raise InputError("share of an upper time", q, f"{LEVELS[0]} to {LEVELS[-1]}")
+        found = self.predict_many(cells)
+        if not cells:
+            return found[:, 0]
+        level = int(np.searchsorted(np.array(LEVELS), q - 1e-9))
+        # a wider band than the usual one marks a cell that is new in kind
+        usual = found[:, 0] * np.exp(self.known[1])
+        fresh = found[:, 2] > usual * (1 + 1e-9)
+        held = found[:, 0] * np.exp(self.above[level])
+        return np.asarray(np.where(fresh, np.maximum(held, found[:, 2]), held))
+
     def why_not(self, workload: Workload, fmt: Format, threads: int = 1) -> str | None:
         """None when the cell can be predicted, else the reason."""
         scope = self.scope
@@ -152,7 +202,7 @@ class Predictor:
         fresh = fmt not in self.scope.formats or kernel not in self.scope.kernels or not inside
         if not fresh or self.novel is None:
             return self.known
-        return min(self.known[0], self.novel[0]), max(self.known[1], self.novel[1])
+        return _around(self.known, self.novel)
 
     def save(self, folder: str | Path) -> None:
         """Write model.ubj, card.toml and rows.jsonl into the folder, which is made."""
@@ -172,17 +222,25 @@ class Predictor:
         return load(Path(folder), target)
 
 
-def out_of_fold(table: Table, seed: int, settings: Settings) -> FloatArray:
+def _around(a: Band, b: Band) -> Band:
+    return min(a[0], b[0]), max(a[1], b[1])
+
+
+def out_of_fold(
+    table: Table, seed: int, settings: Settings, prior: Point | None = None
+) -> FloatArray:
     """Every row's seconds by a model that saw no row of its group: [n]."""
     found = np.full(len(table), np.nan)
     fold = folds(table.group.tolist(), settings.folds, seed)
     for held in range(settings.folds):
-        point = Point.fit(table.part(fold != held), seed, settings)
+        point = Point.fit(table.part(fold != held), seed, settings, prior)
         found[fold == held] = point.seconds(table.x[fold == held], table.terms[fold == held])
     return found
 
 
-def _without_format(table: Table, seed: int, settings: Settings) -> FloatArray:
+def _without_format(
+    table: Table, seed: int, settings: Settings, prior: Point | None = None
+) -> FloatArray:
     """Seconds by models that saw neither the row's group nor its format: [n]. nan for the rows
     not asked (each fold leaves out one part of the groups and one of the formats), and everywhere
     when there is but one format."""
@@ -197,7 +255,7 @@ def _without_format(table: Table, seed: int, settings: Settings) -> FloatArray:
         test = (fold == held) & (kind == held % count)
         train = (fold != held) & (kind != held % count)
         if test.any() and train.any():
-            point = Point.fit(table.part(train), seed, settings)
+            point = Point.fit(table.part(train), seed, settings, prior)
             found[test] = point.seconds(table.x[test], table.terms[test])
     return found
 
@@ -205,16 +263,22 @@ def _without_format(table: Table, seed: int, settings: Settings) -> FloatArray:
 def band(residual: FloatArray, groups: Sequence[str] | np.ndarray, coverage: float) -> Band:
     """Both ends of the central band of residuals (nan: left out), each group counting as one.
 
-    With G groups the ends are at the level ceil((G + 1) · (1 + coverage) / 2) / G, at most the
-    outermost residual.
+    Half of what may lie outside lies on each side.
     """
+    side = (1 + coverage) / 2
+    return -above(-residual, groups, side), above(residual, groups, side)
+
+
+def above(residual: FloatArray, groups: Sequence[str] | np.ndarray, q: float) -> float:
+    """What a share q of the residuals (nan: left out) of a new group stays below, each group
+    counting as one: at the level ceil((G + 1) · q) / G of G groups, at most the outermost."""
     use = ~np.isnan(residual)
     names, index, sizes = np.unique(
         np.asarray(groups)[use], return_inverse=True, return_counts=True
     )
-    values, share = residual[use], 1.0 / (sizes[index] * len(names))
-    level = min(1.0, ceil((len(names) + 1) * (1 + coverage) / 2) / len(names))
-    return -_quantile(-values, share, level), _quantile(values, share, level)
+    share = 1.0 / (sizes[index] * len(names))
+    level = min(1.0, ceil((len(names) + 1) * q) / len(names))
+    return _quantile(residual[use], share, level)
 
 
 def _quantile(values: FloatArray, share: FloatArray, level: float) -> float:

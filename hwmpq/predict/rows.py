@@ -22,7 +22,8 @@ from hwmpq.types import FloatArray, Workload, digest, reject_unknown
 @dataclass(frozen=True)
 class Row:
     """One measured cell. latency_s: seconds of a call; weight: how far it is trusted, in (0, 1];
-    networks: those that hold this workload; samples_s: the raw seconds latency_s is the median of.
+    networks: families of those that hold this workload; samples_s: the seconds, at the session's
+    speed, that latency_s is the median of; again_s: what it was when the cell was timed before.
     """
 
     workload: Workload
@@ -33,12 +34,18 @@ class Row:
     weight: float = 1.0
     networks: tuple[str, ...] = ()
     samples_s: tuple[float, ...] = ()
+    again_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not (isfinite(self.latency_s) and self.latency_s > 0):
             raise InputError(f"latency_s of {self.kernel}", self.latency_s, "positive seconds")
         if not 0 < self.weight <= 1:
             raise InputError(f"weight of {self.kernel}", self.weight, "above 0, at most 1")
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds when nothing disturbed: the least sample."""
+        return min(self.samples_s, default=self.latency_s)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,6 +57,7 @@ class Row:
             "weight": self.weight,
             "networks": list(self.networks),
             "samples_s": list(self.samples_s),
+            "again_s": list(self.again_s),
         }
 
     @staticmethod
@@ -61,6 +69,7 @@ class Row:
                 Workload.from_json(data["workload"]), str(data["format"]), str(data["kernel"]),
                 int(data["threads"]), float(data["latency_s"]), float(data["weight"]),
                 tuple(map(str, data["networks"])), tuple(map(float, data["samples_s"])),
+                tuple(map(float, data.get("again_s", ()))),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("row of a cost model", repr(error)) from None
@@ -86,7 +95,8 @@ def folds(groups: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows with their numbers. x: [n, features]; terms: [n, TERMS]; y, weight: [n]; group: [n]."""
+    """Rows with their numbers. x: [n, features]; terms: [n, TERMS]; y, quiet, weight: [n], seconds
+    as they are judged, seconds as they are learnt, trust; group: [n]."""
 
     rows: tuple[Row, ...]
     formats: tuple[Format, ...]
@@ -94,6 +104,7 @@ class Table:
     x: F32
     terms: FloatArray
     y: FloatArray
+    quiet: FloatArray
     weight: FloatArray
     group: NDArray[np.str_]
 
@@ -113,7 +124,8 @@ class Table:
         return Table(
             tuple(rows), tuple(formats), tuple(done), np.stack(x),
             np.stack([item.terms for item in done]),
-            np.array([row.latency_s for row in rows]), np.array([row.weight for row in rows]),
+            np.array([row.latency_s for row in rows]), np.array([row.quiet_s for row in rows]),
+            np.array([row.weight for row in rows]),
             np.array([group_of(row.workload) for row in rows]),
         )  # fmt: skip
 
@@ -122,9 +134,12 @@ class Table:
 
     def part(self, keep: NDArray[np.bool_]) -> Table:
         """The rows where `keep` is True."""
-        index = np.flatnonzero(keep)
+        return self.rows_at(np.flatnonzero(keep))
+
+    def rows_at(self, index: NDArray[np.int64]) -> Table:
+        """The rows at these places; a place may come more than once."""
         return Table(
             tuple(self.rows[i] for i in index), tuple(self.formats[i] for i in index),
             tuple(self.done[i] for i in index), self.x[index], self.terms[index],
-            self.y[index], self.weight[index], self.group[index],
+            self.y[index], self.quiet[index], self.weight[index], self.group[index],
         )  # fmt: skip

@@ -1,8 +1,9 @@
 """From the store to a folder of `cost_models/`: which rows are taken, and how far they are trusted.
 
 Taken: times measured on one machine, with kernels as this program emits them. Each cell counts
-once, its newest row. Left out, with the number in the report: failures, cells without samples, and
-kernels that this program does not know.
+once, its newest row; what it took before is kept beside it, for the noise ceiling. Left out, with
+the number in the report: failures, cells without samples, and kernels that this program does not
+know.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from hwmpq.predict.metrics import METRICS
 from hwmpq.predict.model import Predictor
 from hwmpq.predict.rows import Row
 from hwmpq.targets import Target, data_folder
-from hwmpq.types import Network
 
+#: Stage and key of the fact that says which families of networks hold a sampled shape.
+FAMILIES = ("shape families", "all")
 #: Relative error that no measurement is thought to be below: it bounds the ratio of two weights.
 _NOISE = 0.02
 
@@ -42,25 +44,26 @@ class Selection:
     left_out: Mapping[str, int]
 
 
-def weight_of(samples_s: Sequence[float]) -> float:
+def weight_of(samples_s: Sequence[float], disturbance: float = 0.0) -> float:
     """Trust in the median of the samples, in (0, 1]: floor² / (floor² + its relative variance).
 
     The variance is taken from the median absolute deviation (1.4826 MAD is one sigma of a normal
-    distribution) over the number of samples.
+    distribution) over the number of samples; disturbance: the relative standard error that the
+    quality flags of the timing stand for (measure.stats.disturbance).
     """
     middle = float(np.median(samples_s))
     sigma = 1.4826 * float(np.median(np.abs(np.asarray(samples_s) - middle))) / middle
-    return _NOISE**2 / (_NOISE**2 + sigma**2 / len(samples_s))
+    return _NOISE**2 / (_NOISE**2 + sigma**2 / len(samples_s) + disturbance**2)
 
 
 def select(
     rows: Iterable[StoreRow], target: Target, fingerprint: str = "",
-    networks: Mapping[str, Network] | None = None,
+    families: Mapping[str, Sequence[str]] | None = None,
 ) -> Selection:  # fmt: skip
     """The rows of one machine that a model may be trained on.
 
-    networks: names for S2 and the networks themselves. Raises InputError when no row is left, or
-    rows of several machines are there and none is named.
+    families: workload key -> families of networks that hold it, for S2. Raises InputError when no
+    row is left, or rows of several machines are there and none is named.
     """
     left: Counter[str] = Counter()
     good: list[StoreRow] = []
@@ -85,41 +88,42 @@ def select(
         )  # fmt: skip
     machine = fingerprint or next(iter(machines))
     mine = [row for row in good if row.fingerprint == machine]
-    newest: dict[tuple[str, str, str, int], StoreRow] = {}
+    cells: dict[tuple[str, str, str, int], list[StoreRow]] = {}
     for row in sorted(mine, key=lambda row: row.created):
         m = row.measurement
-        newest[(m.workload.key, m.format, m.kernel, m.threads)] = row
-    left.update({"an older row of the same cell": len(mine) - len(newest)})
+        cells.setdefault((m.workload.key, m.format, m.kernel, m.threads), []).append(row)
     left.update({"another machine": len(good) - len(mine)})
-    owners = _owners(networks or {})
-    chosen = [newest[cell] for cell in sorted(newest)]
-    toolchain = max(chosen, key=lambda row: row.created).toolchain
+    toolchain = max(mine, key=lambda row: row.created).toolchain
     return Selection(
-        tuple(_row(row, owners) for row in chosen), machine,
+        tuple(_row(cells[cell], families or {}) for cell in sorted(cells)), machine,
         {str(k): str(v) for k, v in toolchain.items()}, {k: n for k, n in left.items() if n},
     )  # fmt: skip
 
 
 def train(
     store: Store, target: Target, folder: Path | None = None, seed: int = 0,
-    fingerprint: str = "", networks: Mapping[str, Network] | None = None,
-    settings: Settings = DEFAULTS, ablate: bool = False,
+    fingerprint: str = "", settings: Settings = DEFAULTS, ablate: bool = False,
+    prior: Predictor | None = None,
 ) -> tuple[Predictor, str]:  # fmt: skip
     """Train on the store's rows, judge, and write the folder (default: cost_models/<target>).
 
-    Returns the predictor and a plain text report. Raises as `select` and `Predictor.fit`.
+    prior: another target's model to start from, for few rows. Returns the predictor and a plain
+    text report. Raises as `select` and `Predictor.fit`.
     """
-    chosen = select(store.rows(target.name, "measured"), target, fingerprint, networks)
+    rows = store.rows(target.name, "measured")
+    chosen = select(rows, target, fingerprint, families_in(store))
     predictor = Predictor.fit(
-        chosen.rows, target, seed, settings, chosen.fingerprint, chosen.toolchain
+        chosen.rows, target, seed, settings, chosen.fingerprint, chosen.toolchain, prior
     )
     result = evaluate(chosen.rows, target, seed, settings, ablate=ablate)
-    told = {
+    told: dict[str, dict[str, float]] = {
         f"{split}.{model}": {key: float(values[key]) for key in METRICS}
         for split, models in result["splits"].items()
         for model, values in models.items()
     }
-    judged = replace(predictor, errors={**told, "band": {"coverage": result["coverage"]}})
+    told["band"] = {"coverage": result["coverage"]}
+    told["noise ceiling"] = {**result["noise_ceiling"]}
+    judged = replace(predictor, errors=told)
     judged.save(folder or data_folder("cost_models") / target.name)
     report = as_text(result)
     if chosen.left_out:
@@ -147,22 +151,21 @@ def _why_left_out(row: StoreRow, target: Target) -> str:
     return ""
 
 
-def _owners(networks: Mapping[str, Network]) -> dict[str, tuple[str, ...]]:
-    """Workload key -> names of the networks that hold it."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name in sorted(networks):
-        for key in {layer.workload.key for layer in networks[name].layers}:
-            found[key] = (*found.get(key, ()), name)
-    return found
+def families_in(store: Store) -> Mapping[str, Sequence[str]]:
+    """Workload key -> families of networks, of the shapes that `cost-model sample` drew."""
+    found: Mapping[str, Sequence[str]] | None = store.fact(*FAMILIES)
+    return found or {}
 
 
-def _row(row: StoreRow, owners: Mapping[str, tuple[str, ...]]) -> Row:
-    m = row.measurement
-    stated = m.quality.get("networks", ())
-    names = owners.get(m.workload.key, ()) or tuple(map(str, stated))
+def _row(rows: Sequence[StoreRow], families: Mapping[str, Sequence[str]]) -> Row:
+    """The rows of one cell, oldest first."""
+    m = rows[-1].measurement
+    steady = tuple(map(float, m.steady_s))
     return Row(
-        m.workload, m.format, m.kernel, m.threads, m.latency_s, weight_of(m.samples_s), names,
-        m.samples_s,
+        m.workload, m.format, m.kernel, m.threads, m.latency_s,
+        weight_of(steady, float(m.quality.get("disturbance", 0.0))),
+        tuple(families.get(m.workload.key, ())), steady,
+        tuple(row.measurement.latency_s for row in rows[:-1]),
     )  # fmt: skip
 
 

@@ -8,22 +8,28 @@ sensitivity_model  loss of every cell, into the store
 frontier_model     the whole curve, nothing compiled but the uniform artifacts
 search_model       one plan from what the store knows; measures and writes nothing
 compile_model      an artifact from an assignment
+sample_cells       seconds of shapes like those of the zoo, for a cost model
+finetune_model     an assignment trained for what it rounds
 """
 
 from hwmpq.side_jobs.compile import compile_model
 from hwmpq.side_jobs.elsewhere import bundle_model, import_times
 from hwmpq.side_jobs.facts import profile_model, sensitivity_model
+from hwmpq.side_jobs.finetune import finetune_model
 from hwmpq.side_jobs.frontier import frontier_model
 from hwmpq.side_jobs.inspect import inspect_model
+from hwmpq.side_jobs.sample import sample_cells
 from hwmpq.side_jobs.search import search_model
 
 __all__ = [
     "bundle_model",
     "compile_model",
+    "finetune_model",
     "frontier_model",
     "import_times",
     "inspect_model",
     "profile_model",
+    "sample_cells",
     "search_model",
     "sensitivity_model",
 ]

@@ -28,6 +28,7 @@ from hwmpq.stages.job import (
     open_job,
 )
 from hwmpq.stages.menu import make_menu
+from hwmpq.stages.refine import refine
 from hwmpq.types import Assignment
 
 
@@ -50,14 +51,14 @@ def compile_model(
         )  # fmt: skip
     job = open_job(options, progress or Silent())
     with job.store:
-        chosen = _checked(job, assignment)
+        chosen = checked(job, assignment)
         images = load_images(job) if options.data or options.calib_data or not quantizers else None
         if quantizers:
             numbers = _fitting(job, Quantizers.load(Path(quantizers)), chosen)
         else:
             assert images is not None
             menu = make_menu(job.network, job.target, tuple(dict.fromkeys(chosen.values())))
-            numbers = calibrate(job, images, menu)
+            numbers = refine(job, images, chosen, calibrate(job, images, menu))
         with job.progress.stage("compile", None):
             made = make_artifact(job, chosen, numbers, out, _samples(job, images))
         replayed = artifact.replay(artifact.load(out))
@@ -74,7 +75,7 @@ def compile_model(
     }  # fmt: skip
 
 
-def _checked(job: Job, assignment: Mapping[str, str]) -> Assignment:
+def checked(job: Job, assignment: Mapping[str, str]) -> Assignment:
     """In the layers' order. Raises UnknownName, InputError listing all that is wrong."""
     names = job.network.names
     for name in assignment:

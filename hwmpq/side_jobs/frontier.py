@@ -10,11 +10,12 @@ import numpy as np
 
 from hwmpq import methods
 from hwmpq.measure import WorkerProcess
-from hwmpq.pipeline import gather, survey
+from hwmpq.pipeline import gather
 from hwmpq.stages import budget as budgets
 from hwmpq.stages.bench import Bench, Clock, limit_seconds
 from hwmpq.stages.choose import frontier_rows, walk_frontier, within
 from hwmpq.stages.facts import Facts
+from hwmpq.stages.ground import survey
 from hwmpq.stages.job import Job, Options, Progress, Silent, load_images, open_job
 from hwmpq.stages.latency import timer
 from hwmpq.stages.verify import float_logits, simulated
@@ -30,7 +31,7 @@ def frontier_model(options: Options, progress: Progress | None = None) -> dict[s
     """
     options = methods.settle(options)
     limit = budgets.parse_latency(options.latency)
-    budgets.parse_size(options.max_size, 0)
+    budgets.parse_sums(options.max_size, options.max_bops)
     clock = Clock()
     with clock.time("trace"):
         job = open_job(options, progress or Silent())
@@ -50,7 +51,7 @@ def frontier_model(options: Options, progress: Progress | None = None) -> dict[s
     return {
         "version": 1, "model": options.model, "target": job.target.name, "device": job.device.name,
         "threads": options.threads, "seed": options.seed, "frontier": rows,
-        "budget": {"latency_s": seconds, "nbytes": ground.problem.budgets.get("nbytes")},
+        "budget": {"latency_s": seconds, "nbytes": None, **ground.problem.budgets},
         "baselines": {n: {"latency_s": t.latency_s} for n, t in ground.first.items()},
         "accuracy": {"metric": metric, "float": reference, "n": len(facts.images.holdout)},
         "overhead_s": ground.latency.overhead_s, "estimator": facts.loss.estimator,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hwmpq import methods
 from hwmpq.errors import InputError
-from hwmpq.pipeline import fp32_bytes
-from hwmpq.search import alternatives, solve
+from hwmpq.search import alternatives, conflicts, prices, solve
 from hwmpq.search.evaluate import QUANTITIES, evaluate, index_of
+from hwmpq.search.problem_file import write_problem
 from hwmpq.stages import budget as budgets
 from hwmpq.stages import imported
 from hwmpq.stages.choose import (
     fastest_within_drop,
+    given_limits,
     infeasible,
     make_problem,
     solver_limit_s,
@@ -43,20 +45,23 @@ from hwmpq.types import Assignment, Problem, Sensitivity, Solution
 
 
 def search_model(
-    options: Options, progress: Progress | None = None, explain: bool = False
-) -> dict[str, Any]:
+    options: Options, progress: Progress | None = None, explain: bool = False,
+    save: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """One plan within the budgets, from stored facts alone: nothing is measured or written.
 
     Relative latencies are of the predicted price of the uniform plan. With --max-drop a plan is
     judged by simulation; without --latency it is then the fastest within the drop. An impossible
-    budget is status 'infeasible', with the least that can be had. explain: solve once more for each
-    layer's next better and next worse format. Raises InputError.
+    budget is status 'infeasible', with the least that can be had and which budgets contradict.
+    explain: solve once more for each layer's next better and next worse format, and beside each
+    budget for its price. save: where the problem goes, for `hwmpq solve`. Raises InputError.
     """
     options = methods.settle(options)
     limit = budgets.parse_latency(options.latency)
-    budgets.parse_size(options.max_size, 0)
-    if limit is None and options.max_size is None and options.max_drop is None:
-        raise InputError("no budget", None, "--latency, --max-size, --max-drop: one or more")
+    sums = budgets.parse_sums(options.max_size, options.max_bops)
+    if limit is None and not sums and options.max_drop is None:
+        allowed = "--latency, --max-size, --max-bops, --max-drop: one or more"
+        raise InputError("no budget", None, allowed)
     job = open_job(options, progress or Silent())
     with job.store:
         images = load_images(job)
@@ -67,19 +72,22 @@ def search_model(
         facts = replace(facts, overhead_s=overhead, speed=speed)
         loss = _known_losses(job, images, menu)
         seconds = _limit_of_prices(job, menu, facts, limit)
-        size = budgets.parse_size(options.max_size, fp32_bytes(job))
-        problem = within(_problem(job, menu, loss, facts, size), seconds)
+        problem = within(_problem(job, menu, loss, facts), seconds)
         if limit is not None and limit.fastest and options.max_drop is None:
             problem = replace(problem, minimize="latency_s")
-        solution = solve(problem, solver_of(options), solver_limit_s(job), options.seed)
-        told = {
+        if save:
+            write_problem(problem, save)
+        asked = (solver_of(options), solver_limit_s(job), options.seed)
+        solution = solve(problem, *asked)
+        told: dict[str, Any] = {
             "version": 1, "status": solution.status, "model": options.model,
             "target": job.target.name, "threads": options.threads, "minimize": problem.minimize,
             "budget": dict(problem.budgets), "overhead_s": facts.overhead_s,
             "estimator": loss.estimator,
         }  # fmt: skip
         if solution.status == "infeasible":
-            error = infeasible(problem, solution)
+            error, why = infeasible(problem, solution), conflicts.conflict(problem, *asked[1:])
+            told["conflict"] = why and asdict(why)
             return told | {"least": dict(solution.least), "error": error.to_json()}
         if not solution.choice:
             return told | {"bound": solution.bound, "seconds": solution.seconds}
@@ -92,9 +100,9 @@ def search_model(
                 told["status"] = "accuracy"
         found = _explained(job, menu, facts, loss, problem, solution, choice)
         if explain and choice == solution.choice:
-            steps = alternatives.explain(
-                problem, solution, solver_of(options), solver_limit_s(job), options.seed
-            )
+            beside = prices.prices(problem, solution, *asked)
+            found["prices"] = {name: asdict(price) for name, price in beside.items()}
+            steps = alternatives.explain(problem, solution, *asked)
             for row in found["rows"]:
                 near = steps[row["name"]]
                 row["steps"] = [asdict(s) for s in (near.up, near.down) if s is not None]
@@ -130,9 +138,7 @@ def _limit_of_prices(
     return limit.ratio * whole
 
 
-def _problem(
-    job: Job, menu: Menu, loss: Sensitivity, facts: LatencyFacts, size: int | None
-) -> Problem:
+def _problem(job: Job, menu: Menu, loss: Sensitivity, facts: LatencyFacts) -> Problem:
     """Raises InputError when what every plan needs was never measured."""
     found = table(job, menu, facts)
     if not np.isfinite(found.fixed_s):
@@ -140,7 +146,7 @@ def _problem(
             "operators between the layers without a measured time", None, None,
             "Run `hwmpq profile` first.",
         )  # fmt: skip
-    return make_problem(job, menu, loss, found, size)
+    return make_problem(job, menu, loss, found, given_limits(job))
 
 
 def _judged(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hwmpq.artifact.golden import SAMPLES
 from hwmpq.measure import WorkerProcess
@@ -25,6 +27,8 @@ from hwmpq.types import Assignment
 
 #: Uniform artifacts that every plan is compared with, where the target runs them.
 BASELINES = ("fp32", "w8a8", "bf16")
+#: Random mixed artifacts that the prices are fitted on, beside those.
+MIXED = 4
 
 
 @dataclass
@@ -60,16 +64,13 @@ def limit_seconds(limit: budgets.Latency | None, timed: dict[str, Timed]) -> flo
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """A compiled plan and how it did."""
+    """A compiled plan and how it did. timed: the baselines, in the same run."""
 
     made: Made
     predicted_s: float
+    own: Timed
     timed: dict[str, Timed]
     limit_s: float | None
-
-    @property
-    def own(self) -> Timed:
-        return self.timed["plan"]
 
     @property
     def within_limit(self) -> bool:
@@ -79,12 +80,6 @@ class Attempt:
     def ambiguous(self) -> bool:
         low, high = self.own.interval
         return self.limit_s is not None and low <= self.limit_s < high
-
-    def better_than(self, other: Attempt) -> bool:
-        """Within the limit beats outside; outside, the faster one."""
-        if self.within_limit != other.within_limit:
-            return self.within_limit
-        return self.own.latency_s < other.own.latency_s
 
 
 class Bench:
@@ -116,6 +111,20 @@ class Bench:
         names = baseline_names(facts.menu)
         return {name: uniform(facts.menu, network, name)[0] for name in names}
 
+    def mixed(self) -> dict[str, Assignment]:
+        """MIXED random assignments, of the formats that every layer has a time for."""
+        chance = np.random.default_rng(self.job.options.seed)
+        found: dict[str, Assignment] = {}
+        for i in range(MIXED):
+            plan = {}
+            for layer in self.job.network.layers:
+                kernels = sorted(self.facts.menu.kernels[layer.name])
+                cells = [self.facts.latency.cell(layer.workload, name) for name in kernels]
+                able = [cell.format for cell in cells if cell is not None and not cell.error]
+                plan[layer.name] = str(chance.choice(able or ["fp32"]))
+            found[f"mixed{i}"] = plan
+        return found
+
     def add_baselines(self) -> None:
         """Build the uniform artifacts, unless that was done."""
         for name, assignment in self.uniforms().items():
@@ -123,27 +132,38 @@ class Bench:
                 self.baselines[name] = self.compile(assignment, name, self.facts.quantizers)
 
     def first_times(self) -> dict[str, Timed]:
-        """The baselines' times that the choice rests on."""
-        return stored_times(self.job, self.uniforms(), self.statistic, self.time)
+        """The times of the baselines and of the mixed artifacts that the choice rests on."""
 
-    def time(self, plan: Made | None = None) -> dict[str, Timed]:
-        """Time the baselines, and the plan, in one run."""
+        def measure() -> dict[str, Timed]:
+            numbers = self.facts.quantizers
+            return self.time({n: self.compile(p, n, numbers) for n, p in self.mixed().items()})
+
+        plans = self.uniforms() | self.mixed()
+        return stored_times(self.job, plans, self.statistic, measure)
+
+    def time(self, plans: Mapping[str, Made]) -> dict[str, Timed]:
+        """Time the baselines and the plans in one run."""
         self.add_baselines()
-        folders = {name: made.path for name, made in self.baselines.items()}
-        if plan is not None:
-            folders["plan"] = plan.path
+        folders = {name: made.path for name, made in {**self.baselines, **plans}.items()}
         with self.clock.time("verify"), self.job.progress.stage("time the artifacts", None):
             return time_artifacts(self.job, folders, self.statistic, self.worker)
 
     def attempt(
-        self, assignment: Assignment, quantizers: Quantizers, latency: LatencyFacts
-    ) -> Attempt:
-        """Compile a plan and time it in one run with the baselines."""
-        made = self.compile(assignment, f"plan{self.attempts}", quantizers)
-        self.attempts += 1
+        self, plans: Sequence[tuple[Assignment, Quantizers]], latency: LatencyFacts
+    ) -> list[Attempt]:
+        """Compile plans and time them in one run with the baselines."""
+        made = {}
+        for assignment, quantizers in plans:
+            name = f"plan{self.attempts}"
+            made[name] = self.compile(assignment, name, quantizers)
+            self.attempts += 1
         timed = self.time(made)
-        predicted_s = price(self.job, assignment, latency)
-        return Attempt(made, predicted_s, timed, limit_seconds(self.limit, timed))
+        beside = {name: timed[name] for name in self.baselines}
+        limit = limit_seconds(self.limit, beside)
+        return [
+            Attempt(one, price(self.job, one.assignment, latency), timed[name], beside, limit)
+            for name, one in made.items()
+        ]
 
     def reference(self) -> Any:
         """The float model's outputs on the test images."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from hwmpq.errors import InputError
 from hwmpq.formats import format_named
-from hwmpq.kernels import CODEGEN_VERSION, Kernel
+from hwmpq.kernels import CODEGEN_VERSION, Kernel, Schedule
 from hwmpq.kernels import glue as glue_kernels
 from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.kernels.glue.cell import from_json, to_json
@@ -25,7 +25,8 @@ from hwmpq.stages.latency import (
     protocol_of,
 )
 from hwmpq.stages.menu import Menu
-from hwmpq.stages.schedule import cell_call
+from hwmpq.stages.schedule import cell_call, choice_fact, choice_key
+from hwmpq.stages.tuning import fastest
 from hwmpq.stages.walks import schedules
 from hwmpq.types import Measurement, Workload, digest
 
@@ -36,6 +37,7 @@ MAX_MACS_PER_S = 1e15
 def make_bundle(job: Job, menu: Menu, path: Path) -> dict[str, Any]:
     """Compile every layer cell and glue kernel and pack them; the store is not looked at.
 
+    With options.tune also so many schedules of every cell, the default one first.
     Answers {"bundle", "cells", "failures": what did not compile -> why, and is left out}.
     """
     tvm = dict(job.target.tvm)
@@ -59,12 +61,15 @@ def make_bundle(job: Job, menu: Menu, path: Path) -> dict[str, Any]:
             blocks.append([])
             for name, kernel in kernels.items():
                 call = cell_call(workload, format_named(name), job.options.threads)
-                row = {
-                    "kind": "layer", "workload": workload.to_json(), "format": name,
-                    "kernel": kernel.name, "cell": kernel.cell(call), "tvm": tvm,
-                }  # fmt: skip
-                cell = builder.layer(call, kernel, digest(row))
-                add(blocks[-1], f"{workload.op} {name} {kernel.name}", cell, row)
+                for schedule in kernel.schedules(call)[: job.options.tune or 1]:
+                    one = kernel.scheduled(schedule, call)
+                    row = {
+                        "kind": "layer", "workload": workload.to_json(), "format": name,
+                        "kernel": kernel.name, "cell": one.cell(call), "tvm": tvm,
+                        "schedule": schedule.text, "default": kernel.cell(call),
+                    }  # fmt: skip
+                    what = f"{workload.op} {name} {kernel.name} {schedule.text}"
+                    add(blocks[-1], what, builder.layer(call, one, digest(row)), row)
         calls = _glue_calls(job, menu)
         for begin in range(0, len(calls), 8):
             blocks.append([])
@@ -85,6 +90,7 @@ def take_in(store: Store, path: Path) -> Result:
     result = read_result(path)
     try:
         rows = [_stored(result, row, timing) for row, timing in result.rows]
+        choices = _choices(result)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"damaged result {path}", repr(error)) from error
     for row in rows:
@@ -92,7 +98,29 @@ def take_in(store: Store, path: Path) -> Result:
             store.put(row, result.target, result.fingerprint, result.toolchain, result.origin)
         else:
             store.put_fact("glue", *row, origin=result.origin)
+    for key, fact in choices.items():
+        store.put_fact("schedule", key, fact, origin=result.origin)
     return result
+
+
+def _choices(result: Result) -> dict[str, dict[str, Any]]:
+    """Key -> fact of the fastest schedule of every cell that came with its default and others."""
+    tried: dict[str, list[tuple[bool, Schedule, Measurement]]] = {}
+    for row, timing in result.rows:
+        if "default" not in row:  # a glue kernel, or a layer of an older bundle
+            continue
+        stored = _stored(result, row, timing)
+        assert isinstance(stored, Measurement)
+        key = choice_key(str(row["default"]), row["tvm"], result.fingerprint)
+        is_other = row["cell"] != row["default"]
+        tried.setdefault(key, []).append((is_other, Schedule.parse(row["schedule"]), stored))
+    facts = {}
+    for key, found in tried.items():
+        found.sort(key=lambda item: item[0])  # the default first
+        is_other, schedules, times = zip(*found, strict=True)
+        if len(found) > 1 and not is_other[0]:
+            facts[key] = choice_fact(fastest(schedules, times), schedules)
+    return facts
 
 
 def _stored(
@@ -102,17 +130,19 @@ def _stored(
     if row["kind"] == "glue":
         call = from_json(row["call"])
         key = glue_key(glue_kernels.key(call), row["tvm"], result.fingerprint)
-        return key, glue_fact(to_json(call), timing.samples_s, timing.error)
+        return key, glue_fact(to_json(call), timing)
     workload, fmt = Workload.from_json(row["workload"]), format_named(row["format"])
     if timing.samples_s and workload.macs > MAX_MACS_PER_S * min(timing.samples_s):
         raise InputError(
             f"time of {workload.op} {fmt.name}", min(timing.samples_s),
             f"at least {workload.macs / MAX_MACS_PER_S:g} s",
         )  # fmt: skip
+    is_default = row.get("default", row["cell"]) == row["cell"]
+    schedule = {} if is_default else {"schedule": row["schedule"]}
     return Measurement(
         layer_key(str(row["cell"]), row["tvm"], result.fingerprint), workload, fmt.name,
         str(row["kernel"]), result.threads, timing.samples_s, timing.error,
-        quality=dict(timing.quality),
+        quality={**timing.quality, **schedule},
     )  # fmt: skip
 
 

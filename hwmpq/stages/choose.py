@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from hwmpq.errors import InfeasibleError, InputError
 from hwmpq.formats import bops, format_named
 from hwmpq.search import solve
+from hwmpq.search.conflicts import conflict
 from hwmpq.search.pareto import frontier as exact_frontier
+from hwmpq.stages.budget import parse_sums
 from hwmpq.stages.job import Job, solver_of
 from hwmpq.stages.menu import Menu
 from hwmpq.stages.pricing import LatencyTable
@@ -19,9 +22,12 @@ from hwmpq.types import Assignment, Problem, Sensitivity, Solution
 
 
 def make_problem(
-    job: Job, menu: Menu, loss: Sensitivity, table: LatencyTable, size: int | None
+    job: Job, menu: Menu, loss: Sensitivity, table: LatencyTable, limits: Mapping[str, float]
 ) -> Problem:
-    """Arrays of the whole network. Cells without a time or a loss are illegal."""
+    """Arrays of the whole network. Cells without a time or a loss are illegal.
+
+    limits: budgets besides the latency's (`given_limits`).
+    """
     layers = job.network.layers
     nbytes = np.zeros((len(layers), len(menu.formats)))
     work = np.zeros_like(nbytes)
@@ -54,8 +60,17 @@ def make_problem(
         transitions=table.transitions,
         fixed_latency_s=table.fixed_s,
         ties=menu.ties,
-        budgets={} if size is None else {"nbytes": float(size)},
+        budgets=dict(limits),
     )
+
+
+def given_limits(job: Job) -> dict[str, float]:
+    """The budgets of --max-size and --max-bops; relative ones are of the fp32 model's layers."""
+    layers, o = job.network.layers, job.options
+    size = 4 * sum(layer.parameters + layer.bias for layer in layers)
+    fp32 = format_named("fp32")
+    work = sum(bops(fp32, layer.workload.macs) for layer in layers)
+    return parse_sums(o.max_size, o.max_bops, size, work)
 
 
 def within(problem: Problem, latency_s: float | None) -> Problem:
@@ -93,8 +108,16 @@ def infeasible(problem: Problem, solution: Solution) -> InfeasibleError:
     return InfeasibleError(
         "no plan meets the budgets", " and ".join(asked),
         f"at least {' and '.join(least)}" if least else None,
-        f"{named}Loosen the budget, add formats, or drop pins.",
+        f"{named}{_way_out(problem)}Loosen the budget, add formats, or drop pins.",
     )  # fmt: skip
+
+
+def _way_out(problem: Problem) -> str:
+    """What one of several budgets would have to be, the others held."""
+    found = conflict(problem) if len(problem.budgets) > 1 else None
+    raised = {} if found is None else found.relaxed
+    ways = [_words(name, value) for name, value in raised.items() if value is not None]
+    return f"One change is enough: {' or '.join(ways)}. " if ways else ""
 
 
 _BEST = {"latency_s": "fastest", "nbytes": "smallest"}
@@ -111,6 +134,8 @@ def _words(name: str, value: float) -> str:
         return f"{value * 1e3:.4g} ms"
     if name == "nbytes":
         return f"{value / 1e6:.4g} MB"
+    if name == "bops":
+        return f"{value / 1e9:.4g} G bit operations"
     return f"{name} {value:.4g}"
 
 
@@ -136,11 +161,7 @@ def walk_frontier(job: Job, problem: Problem, points: int = 12) -> list[Point]:
     )
     if not solutions:
         raise infeasible(problem, solve(problem, "ilp", time_limit_s=solver_limit_s(job)))
-    found = [
-        Point(s.choice, float(s.objective or 0.0), float(s.latency_s or 0.0), float(s.nbytes or 0))
-        for s in solutions
-    ]
-    return sorted(found, key=lambda p: p.latency_s)
+    return sorted(map(_point, solutions), key=lambda p: p.latency_s)
 
 
 def fastest_within_drop(
@@ -161,16 +182,49 @@ def fastest_within_drop(
     return high
 
 
-def frontier_rows(points: Sequence[Point]) -> list[dict[str, object]]:
-    return [
-        {
-            "loss": p.loss,
-            "latency_s": p.latency_s,
-            "nbytes": p.nbytes,
+def refined(
+    problem: Problem, points: Sequence[Point], index: int, allows: Callable[[Assignment], bool],
+    steps: int = 3,
+) -> tuple[list[Point], int]:  # fmt: skip
+    """The points with those of the exact frontier that bisecting the gap before `index` finds, and
+    the index of the fastest of them that is allowed: points[index] was, its predecessor was not.
+
+    steps: solves at most.
+    """
+    found = list(points)
+    for _ in range(steps if index else 0):
+        fast, slow = found[index - 1], found[index]
+        middle = within(problem, (fast.latency_s + slow.latency_s) / 2)
+        solution = solve(middle)
+        point = _point(solution)
+        if not solution.choice or point.assignment in (fast.assignment, slow.assignment):
+            break
+        found.insert(index, point)
+        if not allows(point.assignment):
+            index += 1
+    return found, index
+
+
+def _point(solution: Solution) -> Point:
+    """A solution as a point; without a choice, an empty one."""
+    return Point(
+        solution.choice, float(solution.objective or 0.0), float(solution.latency_s or 0.0),
+        float(solution.nbytes or 0),
+    )  # fmt: skip
+
+
+def frontier_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """loss_per_s: what a second more buys from here to the next slower plan; None at the last."""
+    rows = []
+    for p, slower in zip(points, [*points[1:], None], strict=True):
+        buys = None
+        if slower is not None:
+            buys = (p.loss - slower.loss) / (slower.latency_s - p.latency_s)
+        rows.append({
+            "loss": p.loss, "latency_s": p.latency_s, "nbytes": p.nbytes, "loss_per_s": buys,
             "assignment": p.assignment,
-        }
-        for p in points
-    ]
+        })  # fmt: skip
+    return rows
 
 
 def loss_of(problem: Problem, assignment: Mapping[str, str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
@@ -19,6 +19,8 @@ from hwmpq.stages.menu import Menu
 from hwmpq.types import BoolArray, Sensitivity, digest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hwmpq.quantize.ranges import Method
     from hwmpq.sensitivity.task import Forecast, Kept
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 #: time in proportion.
 SENSITIVITY_IMAGES, SENSITIVITY_LARGE = 64, 32
 #: Part of the sensitivities' keys: raise it when an estimator or the simulator changes.
-SENSITIVITY_VERSION = 2
+SENSITIVITY_VERSION = 3
 #: How activations are calibrated where nothing else is asked.
 RANGES: Final = "mse"
 PERCENTILE: Final = 99.99
@@ -44,28 +46,36 @@ class Facts:
 
 
 def calibrate(
-    job: Job, images: Images, menu: Menu, ranges: Method = RANGES, percentile: float = PERCENTILE
-) -> Quantizers:
-    """Scales, zero points and rounded weights for every format of the menu.
+    job: Job, images: Images, menu: Menu, ranges: Method = RANGES, percentile: float = PERCENTILE,
+    steps: Sequence[str] | None = None, search: bool = True,
+) -> Quantizers:  # fmt: skip
+    """Scales, zero points, rounded weights and biases for every format of the menu.
 
+    steps: the job's by default. search: see `quantize.calibrate`.
     Deterministic and cheap beside the rest, so made again by every run.
     """
-    import torch
-
     from hwmpq.quantize.calibrate import calibrate as run
+
+    steps = job.options.ptq if steps is None else steps
+    with job.progress.stage("calibrate", None) as advance:
+        return run(
+            job.graph, batches(job, images), menu.formats, ranges, percentile,
+            progress=lambda *_: advance(1), steps=steps, search=search,
+        )  # fmt: skip
+
+
+def batches(job: Job, images: Images) -> list[Tensor]:
+    """The images that numbers are calibrated on; of large ones 64 are enough."""
+    import torch
 
     shape = job.graph.tensors[job.graph.inputs[0]]
     size = max(shape[0], 8 if shape[-1] >= 64 else 64)
     count = len(images.calib)
     limit = min(count, 64) if shape[-1] >= 64 else count
     picked = np.linspace(0, count - 1, limit).astype(int)
-    batches = [
+    return [
         torch.from_numpy(images.calib.batch(picked[i : i + size])) for i in range(0, limit, size)
     ]
-    with job.progress.stage("calibrate", None) as advance:
-        return run(
-            job.graph, batches, menu.formats, ranges, percentile, progress=lambda *_: advance(1)
-        )
 
 
 def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) -> Sensitivity:
@@ -98,7 +108,8 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
             before = percent
 
         found = sensitivity.estimate(
-            name, job.graph, quantizers, torch.from_numpy(part.batch(range(len(part)))), labels,
+            name, quantizers.graph(job.graph), quantizers,
+            torch.from_numpy(part.batch(range(len(part)))), labels,
             loss=job.options.loss, formats=menu.formats, legal=able, progress=note,
             done=_done(job, key), save=save,
             forecast=tell, seed=job.options.seed,
@@ -146,7 +157,7 @@ def _asked(job: Job, images: Images) -> tuple[str, DataSet, str]:
     part = images.calib.subset(np.linspace(0, len(images.calib) - 1, count).astype(int))
     key = digest(
         [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest, name, RANGES,
-         job.options.seed, source_key(job.options.loss)]
+         job.options.ptq, job.options.seed, source_key(job.options.loss)]
     )  # fmt: skip
     return name, part, key
 

@@ -17,7 +17,7 @@ from hwmpq.devices import Device
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.graph import Graph, network_of
 from hwmpq.measure import fingerprint
-from hwmpq.measure.remote import RemoteWorker
+from hwmpq.measure.reach import reach
 from hwmpq.measure.store import Store
 from hwmpq.targets import Target
 from hwmpq.types import Network, digest
@@ -25,6 +25,10 @@ from hwmpq.types import Network, digest
 #: Calibration images set aside to judge candidates by; no choice of scale or sensitivity sees them.
 #: Fewer for large inputs (from 64 pixels on), where each costs a hundred times the time.
 HOLDOUT, HOLDOUT_LARGE = 512, 256
+#: Most of them that a drop is judged on, as long as it is not clear on which side of a limit it is.
+JURY = 1024
+#: Post-training quantization where nothing is asked: cheap, and MobileNetV2 in w6a8 needs it.
+PTQ = ("bias",)
 
 
 class Progress(Protocol):
@@ -61,6 +65,7 @@ class Options:
     calib_data: str | None = None
     latency: str | None = None
     max_size: str | None = None
+    max_bops: str | None = None
     max_drop: float | None = None
     formats: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
@@ -71,6 +76,7 @@ class Options:
     metric: str = ""
     loss: str = ""
     calib: int = 256
+    ptq: tuple[str, ...] = PTQ
     eval: int | None = None
     threads: int = 1
     seed: int = 0
@@ -79,16 +85,20 @@ class Options:
     fresh: bool = False
     max_time: float | None = None
     tune: int = 0
+    processes: int = 1
     dry_run: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """calib: for ranges and sensitivities; holdout: for choosing among candidates; test: for the
-    reported accuracy only; split: how they were made, in words."""
+    """calib: for ranges and sensitivities; holdout: for choosing among candidates; jury: the
+    holdout and more behind it, for judging drops; pool: all that these come from, for training;
+    test: for the reported accuracy only; split: how they were made, in words."""
 
     calib: DataSet
     holdout: DataSet
+    jury: DataSet
+    pool: DataSet
     test: DataSet
     split: str
 
@@ -113,11 +123,16 @@ class Job:
 def check_options(o: Options) -> None:
     """Refuse what can be refused before any work. Raises InputError, UnknownName."""
     from hwmpq import search, sensitivity
+    from hwmpq.quantize.ptq import check_steps
     from hwmpq.quantize.scores import LOSSES, METRICS, find_score
 
-    for name, value in (("--threads", o.threads), ("--calib", o.calib), ("--eval", o.eval)):
+    for name, value in (
+        ("--threads", o.threads), ("--calib", o.calib), ("--eval", o.eval),
+        ("--processes", o.processes),
+    ):  # fmt: skip
         if value is not None and value < 1:
             raise InputError(name, value, "1 or more")
+    check_steps(o.ptq)
     if o.tune < 0:
         raise InputError("--tune", o.tune, "0 (off) or more")
     if o.max_drop is not None and not 0 <= o.max_drop <= 100:
@@ -191,12 +206,13 @@ def _machine(device: Device, target: Target) -> str:
     """Fingerprint of the machine behind the device. Raises InputError when it cannot run the
     target, DeviceError when it cannot be reached."""
     if device.remote:
-        with RemoteWorker(device) as worker:
+        with reach(device) as worker:
             found = worker.describe()
         missing = sorted(target.features - frozenset(found["features"]))
         name, able = str(found["fingerprint"]), None
     else:
         missing, name = targets.satisfied_by_host(target), fingerprint()
+        device.recognize(name)
         able = [n for n in targets.names() if not targets.satisfied_by_host(targets.load(n))]
     if missing:
         where = f"device {device.name}" if device.remote else "this machine"
@@ -270,9 +286,12 @@ def divide(source: DataSet, test: DataSet | None, o: Options) -> Images:
     order = np.random.default_rng(o.seed).permutation(len(source))
     calib = source.subset(np.sort(order[:count]), f"{source.name} [{count} for calibration]")
     limit = HOLDOUT_LARGE if source.shape[-1] >= 64 else HOLDOUT
-    held = np.sort(order[count : count + limit])
+    held, more = np.sort(order[count : count + limit]), np.sort(order[count + limit : count + JURY])
     holdout = source.subset(held, f"{source.name} [{len(held)} held out]")
+    jury = source.subset(
+        np.concatenate([held, more]), f"{source.name} [{len(held) + len(more)} to judge by]"
+    )
     if o.eval is not None and o.eval < len(test):
         pick = np.sort(np.random.default_rng(o.seed).permutation(len(test))[: o.eval])
         test = test.subset(pick, f"{test.name} [{o.eval} of them]")
-    return Images(calib, holdout, test, words)
+    return Images(calib, holdout, jury, source, test, words)

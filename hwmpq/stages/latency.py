@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from hwmpq.measure import (
     WorkerTimeout,
     cause,
     is_transient,
-    time_block,
+    time_replicated,
     toolchain,
 )
 from hwmpq.measure.kernel import export_loop
-from hwmpq.measure.remote import RemoteWorker
+from hwmpq.measure.protocol import START_DEADLINE_S
+from hwmpq.measure.reach import reach
 from hwmpq.stages.job import Job
 from hwmpq.stages.menu import Menu
 from hwmpq.stages.schedule import cell_call, timed_kernel
@@ -53,7 +54,7 @@ class LatencyFacts:
     """layers: (workload key, format) -> Measurement; glue: call key -> seconds.
 
     overhead_s: seconds per kernel call that the runtime adds, and speed: factor on every cell, both
-    fitted on the uniform artifacts.
+    fitted on whole artifacts; residual: relative error of a price, from artifacts left out of that.
     new_timings: cells and glue timed by this run. unknown: why a cell of `layers` has no time.
     """
 
@@ -61,6 +62,7 @@ class LatencyFacts:
     glue: dict[str, float]
     overhead_s: float = 0.0
     speed: float = 1.0
+    residual: float = 0.0
     new_timings: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     unknown: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -92,11 +94,8 @@ def profile(job: Job, menu: Menu, measure: bool = True) -> LatencyFacts:
             job.progress.note(f"{again} cells that crashed or timed out before are measured again")
         with (
             job.progress.stage("profile", count) as advance,
-            workers(job) as (compiler, timer),
-            tempfile.TemporaryDirectory(prefix="hwmpq-") as folder,
+            _bench(job) as bench,
         ):
-            builder = Builder(job, compiler, Path(folder), with_loop=job.device.remote)
-            bench = Bench(job, builder, timer, device)
             for part in _chunks(missing_glue, 8):
                 for call, seconds in bench.glue(part):
                     glue[glue_kernels.key(call)] = seconds
@@ -114,13 +113,49 @@ def profile(job: Job, menu: Menu, measure: bool = True) -> LatencyFacts:
     unknown: dict[tuple[str, str], str] = {}
     for block in missing:
         for item in block:
-            key = item.call.workload.key, item.call.format.name
-            if key not in layers:
-                unknown[key] = TIME_IS_UP if measure else NOT_STORED
+            if item.name not in layers:
+                unknown[item.name] = TIME_IS_UP if measure else NOT_STORED
     for key, m in layers.items():
         if m.error:
             failures[f"{m.workload.op} {m.format} {m.kernel}"] = unknown[key] = m.error
     return LatencyFacts(layers, glue, new_timings=new, failures=failures, unknown=unknown)
+
+
+def measure_cells(
+    job: Job, menu: Menu, facts: LatencyFacts, wanted: Collection[tuple[str, str]]
+) -> LatencyFacts:
+    """The facts with these cells measured, even if --max-time is used up: a plan rests on them.
+
+    wanted: (workload key, format). One that fails then has no time.
+    """
+    _, missing = _known_layers(job, menu, job.fingerprint)
+    blocks = [[item for item in block if item.name in wanted] for block in missing]
+    layers, unknown = dict(facts.layers), dict(facts.unknown)
+    with (
+        job.progress.stage("profile", sum(map(len, blocks))) as advance,
+        _bench(job) as bench,
+    ):
+        for block in filter(None, blocks):
+            for key, measurement in bench.layers(block):
+                layers[key] = measurement
+                if measurement.error:
+                    unknown[key] = measurement.error
+                advance(1)
+    new = facts.new_timings + sum(map(len, blocks))
+    return replace(facts, layers=layers, unknown=unknown, new_timings=new)
+
+
+@contextmanager
+def _bench(job: Job) -> Iterator[Bench]:
+    """What measures the cells of a job."""
+    with (
+        workers(job) as (compiler, timer),
+        replicas(job) as others,
+        tempfile.TemporaryDirectory(prefix="hwmpq-") as folder,
+    ):
+        _tell_doubts(job, timer)
+        builder = Builder(job, compiler, Path(folder), with_loop=job.device.remote)
+        yield Bench(job, builder, timer, job.fingerprint, others)
 
 
 @dataclass(frozen=True)
@@ -131,6 +166,11 @@ class LayerCell:
     call: Call
     kernel: Kernel
     failed: bool
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """Workload key and format: its place in LatencyFacts.layers."""
+        return self.call.workload.key, self.call.format.name
 
 
 def _known_layers(
@@ -178,8 +218,7 @@ def _known_glue(job: Job, menu: Menu, device: str) -> tuple[dict[str, float], li
                 continue
             fact = job.store.fact("glue", glue_key(key, job.target.tvm, device))
             if fact is not None:
-                samples = fact["samples_s"]
-                known[key] = float(np.median(samples)) if samples else float("inf")
+                known[key] = glue_seconds(fact)
             if fact is None or is_transient(fact["error"]):
                 missing[key] = step.call
     return known, list(missing.values())
@@ -196,9 +235,23 @@ def glue_key(call: str, tvm: Mapping[str, Any], device: str) -> str:
     return digest([call, dict(tvm), device])
 
 
-def glue_fact(call: Mapping[str, Any], samples_s: Sequence[float], error: str) -> dict[str, Any]:
-    """What the store keeps of a timed glue kernel. call: of `glue.cell.to_json`."""
-    return {"samples_s": list(samples_s), "error": error, "call": dict(call)}
+def glue_fact(
+    call: Mapping[str, Any], timing: CellTiming | None, error: str = ""
+) -> dict[str, Any]:
+    """What the store keeps of a timed glue kernel. call: of `glue.cell.to_json`; error: why there
+    is no timing."""
+    if timing is None:
+        return {"samples_s": [], "speed_factor": 1.0, "error": error, "call": dict(call)}
+    factor = timing.quality.get("speed_factor", 1.0)
+    return {"samples_s": list(timing.samples_s), "speed_factor": factor, "error": timing.error,
+            "call": dict(call)}  # fmt: skip
+
+
+def glue_seconds(fact: Mapping[str, Any]) -> float:
+    """Seconds of a glue kernel from its fact; one that could not be timed makes every plan that
+    needs it unaffordable."""
+    samples = fact["samples_s"]
+    return float(np.median(samples)) * float(fact["speed_factor"]) if samples else float("inf")
 
 
 def protocol_of(job: Job) -> Protocol:
@@ -218,10 +271,27 @@ def workers(job: Job) -> Iterator[tuple[WorkerProcess, WorkerProcess]]:
             yield here, worker
 
 
+@contextmanager
+def replicas(job: Job) -> Iterator[tuple[WorkerProcess, ...]]:
+    """The further workers that time every cell: --processes less the one there always is."""
+    with ExitStack() as stack:
+        yield tuple(
+            stack.enter_context(timer(job, WorkerProcess)) for _ in range(job.options.processes - 1)
+        )
+
+
+def _tell_doubts(job: Job, worker: WorkerProcess) -> None:
+    """Say before timing what speaks against the times of this machine."""
+    ready = {"function": "hwmpq.measure.timing:get_ready", "payload": {"compiles": False}}
+    for doubt in worker.call("call", ready, START_DEADLINE_S)["doubts"]:
+        job.progress.note(f"{job.device.name}: {doubt}")
+
+
 def timer(job: Job, local: Callable[..., WorkerProcess] = WorkerProcess) -> WorkerProcess:
     """The worker that times on the job's device. local: makes one on this machine."""
     if job.device.remote:
-        return RemoteWorker(job.device, threads=job.options.threads)
+        meant = replace(job.device, fingerprint=job.fingerprint)
+        return reach(meant, threads=job.options.threads)
     return local(job.device.start, threads=job.options.threads)
 
 
@@ -274,10 +344,15 @@ class Builder:
 
 
 class Bench:
-    """Compiles and times blocks; a failure is a stored value."""
+    """Compiles and times blocks; a failure is a stored value. others: workers that time each block
+    too, and share its rounds."""
 
-    def __init__(self, job: Job, builder: Builder, worker: WorkerProcess, device: str):
+    def __init__(
+        self, job: Job, builder: Builder, worker: WorkerProcess, device: str,
+        others: Sequence[WorkerProcess] = (),
+    ):  # fmt: skip
         self.job, self.builder, self.worker, self.device = job, builder, worker, device
+        self.others = others
         self.protocol = protocol_of(job)
         self.toolchain = toolchain(str(CODEGEN_VERSION))
 
@@ -285,8 +360,7 @@ class Bench:
         built: dict[str, Cell | str] = {}
         for item in block:
             built[item.key] = self.builder.layer(item.call, item.kernel, item.key)
-        cells = [cell for cell in built.values() if isinstance(cell, Cell)]
-        timings = {t.key: t for t in time_block(cells, self.protocol, self.worker)} if cells else {}
+        timings = self._timed(built)
         results = []
         for item in block:
             cell = built[item.key]
@@ -299,7 +373,7 @@ class Bench:
                 quality=_quality(item.kernel, timing),
             )  # fmt: skip
             self.job.store.put(measurement, self.job.target.name, self.device, self.toolchain)
-            results.append(((item.call.workload.key, item.call.format.name), measurement))
+            results.append((item.name, measurement))
         return results
 
     def glue(self, calls: list[GlueCall]) -> list[tuple[GlueCall, float]]:
@@ -307,20 +381,24 @@ class Bench:
         for call in calls:
             key = glue_kernels.key(call)
             built[key] = self.builder.glue(call, key)
-        cells = [cell for cell in built.values() if isinstance(cell, Cell)]
-        timings = {t.key: t for t in time_block(cells, self.protocol, self.worker)} if cells else {}
+        timings = self._timed(built)
         results = []
         for call in calls:
             key = glue_kernels.key(call)
-            timing = timings.get(key)
-            samples = timing.samples_s if timing else ()
             cell = built[key]
-            error = cell if isinstance(cell, str) else timing.error if timing else "not timed"
-            fact = glue_fact(to_json(call), samples, error)
+            error = cell if isinstance(cell, str) else "not timed"
+            fact = glue_fact(to_json(call), timings.get(key), error)
             self.job.store.put_fact("glue", glue_key(key, self.job.target.tvm, self.device), fact)
-            # A glue kernel that cannot be timed makes every plan that needs it unaffordable.
-            results.append((call, float(np.median(samples)) if samples else float("inf")))
+            results.append((call, glue_seconds(fact)))
         return results
+
+    def _timed(self, built: Mapping[str, Cell | str]) -> dict[str, CellTiming]:
+        """The timings of those that were built, by their keys."""
+        cells = [cell for cell in built.values() if isinstance(cell, Cell)]
+        if not cells:
+            return {}
+        workers = (self.worker, *self.others)
+        return {t.key: t for t in time_replicated(cells, self.protocol, workers)}
 
 
 def _quality(kernel: Kernel, timing: CellTiming | None) -> dict[str, Any]:

@@ -53,6 +53,14 @@ def may_predict(reason: str) -> bool:
     return reason in (TIME_IS_UP, NOT_STORED) or reason.startswith(("timed out", "not timed"))
 
 
+def sought_s(cell: Measurement) -> float:
+    """Seconds that the search is given for a cell: of a predicted one an upper quantile, for the
+    search picks those that are predicted too short."""
+    if cell.source == "predicted":
+        return float(cell.quality["upper"])
+    return cell.latency_s
+
+
 def spread(
     job: Job, assignment: Mapping[str, str], facts: LatencyFacts
 ) -> tuple[float, float]:  # fmt: skip
@@ -92,9 +100,11 @@ def _predicted(
     fmt = format_named(name)
     try:
         centre, low, high = predictor.predict(workload, fmt, kernel, threads)
+        [upper] = predictor.upper([(workload, fmt, kernel, threads)])
     except InputError as error:
         return error.what
     return Measurement(
         f"predicted|{workload.key}|{name}|{kernel.name}|{threads}", workload, name, kernel.name,
-        threads, (centre,), source="predicted", quality={"interval": [low, high]},
+        threads, (centre,), source="predicted",
+        quality={"interval": [low, high], "upper": float(upper)},
     )  # fmt: skip

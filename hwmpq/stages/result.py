@@ -30,8 +30,6 @@ from hwmpq.types import Assignment, Problem, Solution
 EXIT_CODES = {
     "met": 0, "error": 2, "infeasible": 3, "missed": 4, "accuracy": 5, "slower": 6,
 }  # fmt: skip
-#: Predicted and measured are expected to differ by at most this share.
-TOLERANCE = 0.10
 
 
 @dataclass(frozen=True)
@@ -249,10 +247,12 @@ def result_json(
 
 
 def predicted_interval(job: Job, attempt: Attempt, latency: LatencyFacts) -> tuple[float, float]:
-    """TOLERANCE on either side, and what the bands of predicted cells add."""
+    """The error of prices of artifacts that were left out of their fit, on either side, and what
+    the bands of predicted cells add."""
     centre = attempt.predicted_s
     below, above = spread(job, attempt.made.assignment, latency)
-    return max(centre * (1 - TOLERANCE) + below, 0.0), centre * (1 + TOLERANCE) + above
+    error = latency.residual
+    return max(centre * (1 - error) + below, 0.0), centre * (1 + error) + above
 
 
 def status_of(attempt: Attempt, accuracy: Accuracy, max_drop: float | None) -> str:

@@ -5,8 +5,9 @@ Lowering and pricing both ask here, so what is built is what was priced.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hwmpq.formats import Format
 from hwmpq.kernels import Call, Kernel, Schedule
@@ -42,8 +43,7 @@ def keep_choice(
     job: Job, kernel: Kernel, call: Call, schedule: Schedule, tried: Sequence[Schedule]
 ) -> None:
     """Let the store know the fastest of the schedules that were tried."""
-    fact = {"schedule": schedule.text, "tried": [s.text for s in tried]}
-    job.store.put_fact("schedule", _key(job, kernel, call), fact)
+    job.store.put_fact("schedule", _key(job, kernel, call), choice_fact(schedule, tried))
 
 
 def timed_kernel(job: Job, kernel: Kernel, workload: Workload, fmt: Format) -> Kernel:
@@ -53,6 +53,16 @@ def timed_kernel(job: Job, kernel: Kernel, workload: Workload, fmt: Format) -> K
     return kernel if choice is None else kernel.scheduled(choice.schedule, call)
 
 
+def choice_fact(schedule: Schedule, tried: Sequence[Schedule]) -> dict[str, Any]:
+    """What the store keeps of a choice."""
+    return {"schedule": schedule.text, "tried": [s.text for s in tried]}
+
+
+def choice_key(cell: str, tvm: Mapping[str, Any], fingerprint: str) -> str:
+    """The key of a choice. cell: `Kernel.cell` with the default schedule."""
+    return digest(["schedule", cell, dict(tvm), fingerprint])
+
+
 def _key(job: Job, kernel: Kernel, call: Call) -> str:
     default = replace(kernel, timed=None)
-    return digest(["schedule", default.cell(call), dict(job.target.tvm), job.fingerprint])
+    return choice_key(default.cell(call), job.target.tvm, job.fingerprint)

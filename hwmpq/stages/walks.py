@@ -16,7 +16,7 @@ from hwmpq.stages.menu import Menu
 def schedule_of(job: Job, assignment: Mapping[str, str]) -> Schedule:
     """The steps of the compiled network under an assignment."""
     formats = {name: format_named(fmt) for name, fmt in assignment.items()}
-    return steps(job.graph, formats, job.target.vector_bytes, job.options.threads)
+    return steps(job.graph, formats, job.target, job.options.threads)
 
 
 def calls_of(schedule: Schedule) -> int:
@@ -72,7 +72,7 @@ def walked(job: Job, menu: Menu, wanted: Mapping[str, str]) -> Schedule:
         if choice not in able:
             choice = _stand_in(choice, able)
         formats[name] = format_named(choice)
-    return steps(job.graph, formats, job.target.vector_bytes, job.options.threads)
+    return steps(job.graph, formats, job.target, job.options.threads)
 
 
 def kind_of(name: str, kinds: Sequence[str]) -> str:

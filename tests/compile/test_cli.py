@@ -180,6 +180,8 @@ def test_bench(cli: Run, artifact: Path) -> None:
     low, high = times["interval"]
     assert low <= times["median"] <= high
     assert told["threads"] == 1 and told["target"] and "noisy" in told["quality"]
+    assert set(told["start_up_s"]) == {"import_tvm", "load", "first_call"}
+    assert min(told["start_up_s"].values()) > 0, told["start_up_s"]
 
 
 @only_all

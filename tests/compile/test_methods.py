@@ -104,7 +104,7 @@ def posed(job: Job, facts: Facts, ratio: float = 0.17, **options: Any) -> tuple[
     step = np.where(np.subtract.outer(bits, bits) == 0, 0.0, 0.01)
     moves = tuple(Transition(a, b, step) for a, b, _ in job.network.edges)
     table = LatencyTable(seconds, moves, 0.001)
-    problem = make_problem(job, facts.menu, found, table, None)
+    problem = make_problem(job, facts.menu, found, table, {})
     return Study(job, facts), replace(problem, budgets={"latency_s": ratio})
 
 
@@ -253,7 +253,7 @@ def test_an_interrupted_proxy_search_goes_on(
     whole, interrupted = [replace(job, store=Store.open(tmp_path / f"{n}.db")) for n in "ab"]
     count = 0
     real = Study._judge
-    monkeypatch.setattr(proxy, "TRIALS", 9)
+    monkeypatch.setattr(proxy, "SETTINGS", 9)
 
     def counted(*given: Any) -> tuple[float, float]:
         nonlocal count

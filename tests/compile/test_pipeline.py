@@ -35,7 +35,7 @@ LAYERS = ("stem", "conv1", "depthwise", "pointwise", "conv2", "fc")
 
 
 class Runs:
-    """Runs of one module on one store. times: factor on a plan's measured seconds, per round."""
+    """Runs of one module on one store. factors: on the measured seconds of plans, per round."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -69,12 +69,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
     def time_artifacts(*given: Any) -> dict[str, Timed]:
         timed = time_(*given)
-        if "plan" in timed and found.factors:
-            factor = found.factors.pop(0)
-            plan = timed["plan"]
-            low, high = plan.interval
-            timed["plan"] = replace(
-                plan, latency_s=plan.latency_s * factor, interval=(low * factor, high * factor)
+        plans = [name for name in timed if name.startswith("plan")]
+        factor = found.factors.pop(0) if plans and found.factors else 1.0
+        for name in plans:
+            low, high = timed[name].interval
+            slower = timed[name].latency_s * factor
+            timed[name] = replace(
+                timed[name], latency_s=slower, interval=(low * factor, high * factor)
             )
         return timed
 

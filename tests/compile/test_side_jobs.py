@@ -28,7 +28,9 @@ from hwmpq.pipeline import Options
 from hwmpq.predict import Predictor, Row, Settings
 from hwmpq.predict.analytic import work
 from hwmpq.quantizers import Quantizers
+from hwmpq.search import solve
 from hwmpq.search.evaluate import evaluate, index_of
+from hwmpq.search.problem_file import read_problem
 from hwmpq.side_jobs import frontier
 from hwmpq.side_jobs.search import marginals
 from hwmpq.stages import latency, predicted
@@ -180,7 +182,7 @@ def test_a_failure_that_may_pass_is_tried_again(
     again = side_jobs.profile_model(given, notes)
     assert again["new_timings"] == 1
     assert [*again["failures"].values()] == ["wrong numbers: 3 of 10"]
-    assert notes.taken == ["1 cells that crashed or timed out before are measured again"]
+    assert "1 cells that crashed or timed out before are measured again" in notes.taken
     notes.taken.clear()
     assert side_jobs.profile_model(given, notes)["new_timings"] == 0 and not notes.taken
 
@@ -249,6 +251,8 @@ def test_search_solves_from_the_store_alone(
         (step,) = row["steps"]
         assert step["fmt"] == other
         assert step["cost"] is None or step["cost"] >= -1e-12
+    assert set(found["prices"]) == {"latency_s", "nbytes"}
+    assert all(price["more"] >= 0 for price in found["prices"].values())
 
 
 def test_search_with_a_drop(
@@ -265,6 +269,21 @@ def test_search_of_the_impossible(
     found = side_jobs.search_model(replace(options, latency="1ns"))
     assert found["status"] == "infeasible" and found["least"]["latency_s"] > 1e-7
     assert "fastest plan" in found["error"]["next"] and "assignment" not in found
+    assert found["conflict"]["groups"] == (("latency_s",),)
+    assert found["conflict"]["relaxed"]["latency_s"] == pytest.approx(found["least"]["latency_s"])
+
+
+def test_search_within_bit_operations_and_its_problem_file(
+    options: Options, profiled: dict[str, Any], losses: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "problem.json"
+    found = side_jobs.search_model(replace(options, max_bops="0.5x"), save=file)
+    assert found["status"] == "optimal" and 0 < found["bops"] <= found["budget"]["bops"]
+    assert found["bops"] > 0.06 * found["budget"]["bops"] / 0.5, "some layer stays fp32"
+    again = solve(read_problem(file))
+    assert again.choice == found["assignment"] and again.objective == found["objective"]
+    with pytest.raises(InputError, match="cannot write the problem file"):
+        side_jobs.search_model(replace(options, max_bops="0.5x"), save=tmp_path / "no" / "p.json")
 
 
 def test_search_needs_budgets_and_facts(
@@ -433,7 +452,7 @@ def test_out_of_time(
     assert {*facts.unknown.values()} == {TIME_IS_UP}
     loss = Sensitivity(job.network.names, menu.formats, np.zeros(menu.legal.shape), "x", 1)
     with pytest.raises(InputError, match=r"layers without any usable format.*--max-time is used"):
-        make_problem(job, menu, loss, table(job, menu, facts), None)
+        make_problem(job, menu, loss, table(job, menu, facts), {})
 
     known = "conv"
     measured = known_cell(job, facts, known)
@@ -448,7 +467,7 @@ def test_out_of_time(
     assert low < 0 < high
 
     filled.layers[of["depthwise"].key, "fp32"] = measured.layers[of[known].key, "fp32"]
-    problem = make_problem(job, menu, loss, table(job, menu, filled), None)
+    problem = make_problem(job, menu, loss, table(job, menu, filled), {})
     rows = layer_rows(job, menu, filled, problem, dict.fromkeys(LAYERS, "fp32"))
     source = {row.name: row.latency_source for row in rows}
     assert source["conv"] == "measured" and source["fc"] == "predicted"

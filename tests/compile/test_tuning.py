@@ -17,11 +17,19 @@ from hwmpq.artifact import load, read_manifest, replay
 from hwmpq.errors import InputError
 from hwmpq.formats import format_named
 from hwmpq.kernels import Schedule, best
+from hwmpq.measure import CellTiming
+from hwmpq.measure.bundle import Result
 from hwmpq.pipeline import Options
-from hwmpq.stages import latency, tuning
+from hwmpq.stages import bundle, latency, tuning
 from hwmpq.stages.job import Silent, open_job
 from hwmpq.stages.menu import make_menu
-from hwmpq.stages.schedule import cell_call, keep_choice, timed_kernel
+from hwmpq.stages.schedule import (
+    cell_call,
+    choice_fact,
+    choice_key,
+    keep_choice,
+    timed_kernel,
+)
 from hwmpq.types import Measurement, Workload
 
 FORMATS = ("fp32", "w8a8")
@@ -136,6 +144,35 @@ def test_a_schedule_must_be_worth_it() -> None:
     assert chosen(1.0, 0.98, 1.2) == schedules[0]
     assert chosen(1.0, 0.9, None) == schedules[1]
     assert chosen(None, 0.9, 0.8) == schedules[0]
+
+
+def test_a_bundle_brings_its_choices(options: Options, tmp_path: Path) -> None:
+    """The fastest schedule of a cell whose default came back; the default may come last."""
+    job = open_job(options, Silent())
+    kernel = best(LINEAR, format_named("fp32"), job.target.features)
+    assert kernel is not None
+    call = cell_call(LINEAR, format_named("fp32"), 1)
+    schedules = kernel.schedules(call)[:3]
+    tvm = dict(job.target.tvm)
+
+    def rows(*taken: tuple[int, float]) -> Result:
+        found = []
+        for index, seconds in taken:
+            cell = kernel.scheduled(schedules[index], call).cell(call)
+            row = {"kind": "layer", "workload": LINEAR.to_json(), "format": "fp32",
+                   "kernel": kernel.name, "cell": cell, "tvm": tvm,
+                   "schedule": schedules[index].text, "default": kernel.cell(call)}  # fmt: skip
+            found.append((row, CellTiming(cell, (seconds,))))
+        return Result("o", job.fingerprint, job.target.name, {}, 1, found)
+
+    with job.store:
+        key = choice_key(kernel.cell(call), tvm, job.fingerprint)
+        found = bundle._choices(rows((2, 0.5), (1, 0.8), (0, 1.0)))
+        assert found == {key: choice_fact(schedules[2], [schedules[0], schedules[2], schedules[1]])}
+        assert bundle._choices(rows((0, 1.0))) == bundle._choices(rows((1, 0.8), (2, 0.5))) == {}
+        job.store.put_fact("schedule", key, found[key])
+        chosen = timed_kernel(job, kernel, LINEAR, format_named("fp32"))
+    assert chosen.timed == schedules[2]
 
 
 def test_schedules_have_a_text() -> None:

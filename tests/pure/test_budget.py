@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hwmpq.errors import InputError
-from hwmpq.stages.budget import Latency, parse_latency, parse_size
+from hwmpq.stages.budget import Latency, parse_bops, parse_latency, parse_size, parse_sums
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,13 @@ def test_bad_size_shows_the_forms(text: str) -> None:
     with pytest.raises(InputError, match=r"size budget: got .*4MB.*0\.25x") as caught:
         parse_size(text, 4000)
     assert caught.value.exit_code == 2
+
+
+def test_bit_operations() -> None:
+    texts = (None, "2.5G", "800M", "1T", "0.25x")
+    assert [parse_bops(t, 4000) for t in texts] == [None, 2_500_000_000, 800_000_000, 10**12, 1000]
+    for text in ("", "4", "2.5g", "0G", "-1G", "0x", "4GB"):
+        with pytest.raises(InputError, match=r"budget of bit operations: got .*2\.5G.*0\.2x"):
+            parse_bops(text, 4000)
+    assert parse_sums("1kB", "0.5x", 0, 64) == {"nbytes": 1000.0, "bops": 32.0}
+    assert parse_sums(None, None) == {}

@@ -20,8 +20,11 @@ from hwmpq.errors import DeviceError, InfeasibleError, InputError, InternalError
 
 COMMANDS = [
     *("quantize", "frontier", "inspect", "sensitivity", "profile", "search", "solve", "compile"),
-    *("run", "bench", "verify", "targets", "devices", "doctor", "report"),
-    *("target probe", "target check", "cost-model train", "cost-model eval", "cost-model predict"),
+    "finetune",
+    *("run", "bench", "verify", "targets", "doctor", "report"),
+    *("devices", "devices serve", "devices tracker"),
+    *("target probe", "target check"),
+    *("cost-model sample", "cost-model train", "cost-model eval", "cost-model predict"),
     *("store ls", "store path", "store export", "store import", "store prune"),
     *("store merge", "store remove"),
     "store compare",
@@ -70,7 +73,8 @@ def test_no_command_is_left_out() -> None:
         found = []
         for name, command in group.commands.items():
             path = f"{prefix}{name}"
-            found += below(command, f"{path} ") if hasattr(command, "commands") else [path]
+            deeper = below(command, f"{path} ") if hasattr(command, "commands") else []
+            found += deeper + [path] * (not deeper or command.invoke_without_command)
         return found
 
     import typer
@@ -93,6 +97,7 @@ REFUSED = {
     "store import": "none.jsonl", "store export": "a.jsonl --store none/none",
     **dict.fromkeys(("store ls", "store prune"), "--store none/none"),
     "store merge": "a.sqlite none-b", "store remove": "x --store none/none",
+    "devices serve": "--key k --host 0.0.0.0", "devices tracker": "--host 0.0.0.0",
 }  # fmt: skip
 
 
@@ -246,6 +251,34 @@ def test_solve_answers_with_the_contracts_keys(cli: Any, problem: Path) -> None:
     assert set(told) == set(keys.split())
     code, out, _ = cli("solve", problem, "--search", "exhaustive")
     assert code == 0 and "optimal" in out and "b  fp32" in out
+
+
+def test_solve_explains(cli: Any, problem: Path, tmp_path: Path) -> None:
+    told = json.loads(cli("solve", problem, "--explain", "--json")[1])
+    assert told["prices"]["latency_s"]["more"] == 0 and told["prices"]["latency_s"]["less"] > 0
+    step = told["layers"]["b"]["down"]
+    assert step["fmt"] == "w8a8" and step["cost"] == pytest.approx(2.0) and step["changed"] == ["a"]
+    text = cli("solve", problem, "--explain")[1]
+    assert "w8a8: all else solved again: +2, with a changed" in text
+    assert "price of latency_s: one ms more saves 0, less costs" in text
+    tight = tmp_path / "tight.json"
+    tight.write_text(json.dumps(PROBLEM | {"budgets": {"latency_s": 1e-3}}))
+    code, out, _ = cli("solve", tight, "--explain")
+    assert code == 3 and "cannot be met: latency_s" in out
+    assert "enough alone: latency_s raised to 2.00 ms" in " ".join(out.split())
+
+
+def test_solve_for_several_devices(cli: Any, problem: Path, tmp_path: Path) -> None:
+    other = tmp_path / "board.json"
+    slow = {"latency_s": [[2e-3, 1e-3], [9e-3, 1e-3]], "budgets": {"latency_s": 4e-3}}
+    other.write_text(json.dumps(PROBLEM | slow))
+    code, out, _ = cli("solve", problem, other, "--json")
+    told = json.loads(out)
+    assert code == 0 and told["choice"] == {"a": "fp32", "b": "w8a8"}
+    assert told["devices"] == {"problem": pytest.approx(5e-3), "board": pytest.approx(3e-3)}
+    assert "latency_s on board: 0.003" in cli("solve", problem, other)[1]
+    assert cli("solve", problem, problem)[0] == 2
+    assert "ilp solves them" in cli("solve", problem, other, "--explain")[2]
 
 
 def test_solve_infeasible_names_the_least(cli: Any, tmp_path: Path) -> None:

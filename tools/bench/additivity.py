@@ -2,8 +2,9 @@
 
     python tools/bench/additivity.py zoo:resnet20_cifar --calib-data npz:train.npz [--plans 10]
 
-Cells come from the store (and are measured where it lacks them); the overhead is fitted on the
-uniform artifacts alone. Every plan is compiled and timed in one interleaved run with those.
+Cells come from the store (and are measured where it lacks them); the prices are fitted on the
+uniform artifacts and a few random mixed ones, as `hwmpq quantize` does, and judged on others. All
+are compiled, and timed in one interleaved run.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", default="native")
+    parser.add_argument("--store")
     words = parser.parse_args()
     options = Options(
         words.model, weights=words.weights, calib_data=words.calib_data, target=words.target,
-        seed=words.seed, calib=64,
+        seed=words.seed, calib=64, store=words.store,
     )  # fmt: skip
     job = open_job(options, Silent())
     images = load_images(job)
@@ -45,26 +47,22 @@ def main() -> None:
     latency = profile(job, menu)
     quantizers = calibrate(job, images, menu)
     none = Sensitivity(job.network.names, menu.formats, np.zeros((0, 0)), "none", 0)
-    rng = np.random.default_rng(words.seed)
+    rng = np.random.default_rng([words.seed, 1])  # other plans than those of the fit
     facts = Facts(images, menu, quantizers, none, latency)
     with tempfile.TemporaryDirectory() as folder, WorkerProcess(threads=1) as worker:
         bench = Bench(job, facts, Clock(), Path(folder), worker)
-        bench.add_baselines()
-        plans = []
+        fitted = bench.uniforms() | bench.mixed()
+        plans = dict(fitted)
         for i in range(words.plans):
-            plan = {n: str(rng.choice(sorted(menu.kernels[n]))) for n in job.network.names}
-            plans.append(plan)
-            bench.baselines[f"random{i}"] = bench.compile(plan, f"random{i}", quantizers)
-        timed = bench.time()
-    uniform = [
-        (made.assignment, timed[name].latency_s)
-        for name, made in bench.baselines.items()
-        if not name.startswith("random")
-    ]
-    latency = fit_overhead(job, latency, uniform)
+            plans[f"random{i}"] = {
+                n: str(rng.choice(sorted(menu.kernels[n]))) for n in job.network.names
+            }
+        mixed = {n: p for n, p in plans.items() if n not in bench.uniforms()}
+        timed = bench.time({n: bench.compile(p, n, quantizers) for n, p in mixed.items()})
+    latency = fit_overhead(job, latency, [(p, timed[n].latency_s) for n, p in fitted.items()])
     rows = []
-    for name, made in bench.baselines.items():
-        predicted, measured = price(job, made.assignment, latency), timed[name].latency_s
+    for name, plan in plans.items():
+        predicted, measured = price(job, plan, latency), timed[name].latency_s
         rows.append({"plan": name, "predicted_s": predicted, "measured_s": measured})
         print(f"{name:10s} {predicted * 1e3:9.4f} ms {measured * 1e3:9.4f} ms "
               f"{predicted / measured:6.3f}", file=sys.stderr)  # fmt: skip
@@ -76,9 +74,12 @@ def main() -> None:
                 "model": words.model,
                 "target": job.target.name,
                 "overhead_s": latency.overhead_s,
+                "speed": latency.speed,
+                "residual": latency.residual,
                 "worst_error": float(errors.max()),
                 "median_error": float(np.median(errors)),
                 "within_10_percent": int((errors <= 0.10).sum()),
+                "within_residual": int((errors <= latency.residual).sum()),
                 "plans": len(random),
                 "rows": rows,
             },
