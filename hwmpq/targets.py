@@ -11,9 +11,11 @@ found twice is refused.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.resources
 import json
 import os
+import platform
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -111,7 +113,8 @@ class Target:
     width of the widest vector register; registers: how many of them. peaks: '<activation>.<weight>'
     encodings that these features multiply natively -> most multiply-accumulates per cycle of one
     core.
-    sources: for each of SOURCED, the documents the facts were taken from.
+    sources: for each of SOURCED, the documents the facts were taken from. emulator: what is put
+    before a program of this class of chips to run it on another one, () where nothing is known.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -130,6 +133,17 @@ class Target:
     peaks: dict[str, float]
     protocol: TimingDefaults
     sources: dict[str, str]
+    emulator: tuple[str, ...] = ()
+
+    @property
+    def triple(self) -> str:
+        """LLVM's name of the platform, '' = the one that runs this."""
+        return str(self.tvm.get("mtriple", ""))
+
+    @property
+    def foreign(self) -> bool:
+        """Are its programs those of another kind of machine than the one that runs this?"""
+        return bool(self.triple) and self.triple.partition("-")[0] != platform.machine()
 
 
 def names() -> list[str]:
@@ -207,11 +221,22 @@ def satisfied_by_host(target: Target) -> list[str]:
 
 
 def host_features(cpuinfo: str | None = None) -> frozenset[str]:
-    """The feature words of this CPU, from /proc/cpuinfo or the given text of it.
+    """The feature words of this CPU, or of one with the given text of /proc/cpuinfo."""
+    flags = cpu_flags(cpuinfo)
+    return frozenset(
+        word for word, feature in FEATURES.items() if feature.flags and flags >= {*feature.flags}
+    )
 
-    Empty where there is no /proc/cpuinfo. Source: Linux arch/x86/include/asm/cpufeatures.h,
+
+def cpu_flags(cpuinfo: str | None = None) -> frozenset[str]:
+    """Linux' names of what this CPU can do, from /proc/cpuinfo or the given text of it; on ARM from
+    the kernel itself, since an emulator shows the file of the machine that it runs on.
+
+    Empty where there is no such file. Source: Linux arch/x86/include/asm/cpufeatures.h,
     Documentation/arch/arm64/elf_hwcaps.rst, Documentation/arch/riscv/uabi.rst.
     """
+    if cpuinfo is None and platform.machine() == "aarch64":
+        return _arm_flags()
     if cpuinfo is None:
         try:
             cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -225,8 +250,19 @@ def host_features(cpuinfo: str | None = None) -> frozenset[str]:
         elif key.strip() == "isa":  # rv64imafdcv_zicsr_...: single letters, then long names
             base, *long = value.strip().removeprefix("rv64").removeprefix("rv32").split("_")
             flags.update(base, long)
+    return frozenset(flags)
+
+
+def _arm_flags() -> frozenset[str]:
+    """Source: Linux arch/arm64/include/uapi/asm/hwcap.h, include/uapi/linux/auxvec.h."""
+    words = {
+        16: {"asimd": 1, "fphp": 9, "asimdhp": 10, "asimddp": 20},
+        26: {"i8mm": 13, "bf16": 14},
+    }
+    ask = ctypes.CDLL(None).getauxval
+    ask.argtypes, ask.restype = (ctypes.c_ulong,), ctypes.c_ulong
     return frozenset(
-        word for word, feature in FEATURES.items() if feature.flags and flags >= {*feature.flags}
+        name for word, bits in words.items() for name, bit in bits.items() if ask(word) >> bit & 1
     )
 
 

@@ -70,7 +70,7 @@ class Kernel:
 
     def parameters(
         self,
-        workload: Workload,
+        call: Call,
         codes: NDArray[Any] | None,
         epilogue: Epilogue,
         scales: NDArray[Any] | None = None,
@@ -79,13 +79,15 @@ class Kernel:
 
         scales: those of a format with groups, [cout, groups of a row].
         """
-        packed = {}
+        packed, workload, bias = {}, call.workload, epilogue.bias
         if codes is not None:
             packed["weight"] = self.nest.pack(codes, workload, self.micro, self.decoder)
+            if offset := self.micro.offset(call.format):
+                bias = bias + offset * codes.reshape(len(codes), -1).sum(1, dtype=bias.dtype)
         if scales is not None:
             packed["scales"] = pack_scales(self.nest, scales, workload, self.micro)
         packed["multiplier"] = self.nest.pad(epilogue.multiplier, workload, self.micro)
-        packed["bias"] = self.nest.pad(epilogue.bias, workload, self.micro)
+        packed["bias"] = self.nest.pad(bias, workload, self.micro)
         packed["scalars"] = epilogue.scalars
         return packed
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hwmpq import targets
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import encoding_named, format_named
-from hwmpq.kernels import Kernel, kernel_named
+from hwmpq.kernels import Kernel, guest, kernel_named
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.nests import Call, Schedule
 from hwmpq.kernels.sample import Sample, draw, stored
@@ -42,27 +42,30 @@ def assembly(executable: Any) -> str:
     return text
 
 
-def export(executable: Any, path: Path) -> None:
+def export(executable: Any, path: Path, target: Target) -> None:
     """Write a shared library, aside first.
 
-    Raises InputError without a C compiler: TVM links its objects with one.
+    Raises InputError without a C compiler of the target: TVM links its objects with one.
     """
     from tvm.support import cc
 
-    if cc.get_cc() is None:
+    aside = path.with_name(f".{os.getpid()}.{path.name}")
+    if target.foreign:
+        guest.link(executable, target, aside)
+    elif cc.get_cc() is None:
         raise InputError(
             "no C compiler to link a kernel with",
             allowed=("g++", "gcc", "clang++", "clang", "c++", "cc"),
             next="Install gcc, or name a compiler in CXX.",
         )
-    aside = path.with_name(f".{os.getpid()}.{path.name}")
-    executable.export_library(str(aside))
+    else:
+        executable.export_library(str(aside))
     os.replace(aside, path)
 
 
 def in_call_order(kernel: Kernel, call: Call, sample: Sample) -> list[Array]:
     """The flat arguments of a kernel up to its output, which comes last."""
-    constants = kernel.parameters(call.workload, sample.weight, sample.epilogue, sample.scales)
+    constants = kernel.parameters(call, sample.weight, sample.epilogue, sample.scales)
     first = [sample.x] if sample.b is None else [sample.x, sample.b]
     rest = [] if sample.residual is None else [sample.residual]
     return [np.ascontiguousarray(a).reshape(-1) for a in (*first, *constants.values(), *rest)]
@@ -98,7 +101,7 @@ def _layer(request: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    export(library(kernel.emit(call), target), folder / "cell.so")
+    export(library(kernel.emit(call), target), folder / "cell.so", target)
     seconds = time.perf_counter() - began
     files = _write_arguments(folder, kernel, call, int(request.get("seed", 0)))
     features = sorted(kernel.requires)

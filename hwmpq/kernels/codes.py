@@ -40,6 +40,15 @@ def to_f32(ir: IR, value: Expr, encoding: str, lanes: int) -> Expr:
     raise ValueError(f"no kernel reads activations in {encoding}")
 
 
+def activation(ir: IR, value: Expr, encoding: str, dtype: str, offset: int, lanes: int) -> Expr:
+    """An activation as a micro-kernel multiplies it; offset: see `Micro.offset`."""
+    if dtype == "float32":
+        return to_f32(ir, value, encoding, lanes)
+    if offset:  # less 128, in two's complement
+        return ir.reinterpret(value ^ ir.const(offset, "uint8", lanes), dtype, lanes)
+    return value if memory_dtype(encoding) == dtype else ir.cast(value, dtype, lanes)
+
+
 def _small_float(ir: IR, value: Expr, encoding: str, lanes: int) -> Expr:
     """Its fields moved to where fp16 has them; e4m3's exponent bias is smaller by 8 (OCP 8-bit
     floating point specification, table 1; its one NaN is no weight)."""

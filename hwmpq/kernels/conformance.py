@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hwmpq import targets, tile_permission
 from hwmpq.formats import format_named, known_formats
-from hwmpq.kernels import Kernel, candidates, kernel_named
+from hwmpq.kernels import Kernel, candidates, guest, kernel_named
 from hwmpq.kernels.build import assembly, in_call_order, library
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.cover import pairwise
@@ -128,25 +128,30 @@ def check(case: Case, target: Target) -> str | None:
     """Compile and run one case in this process; None, or what differs.
 
     Integers must be exact, floats within the rounding of their sums. A kernel whose instructions
-    this CPU lacks runs with them emulated (`how`), compiled for this CPU.
+    this CPU lacks runs with them emulated (`how`), compiled for this CPU; one of another kind of
+    machine as it is, under the target's emulator.
     """
     import tvm
 
     call = case.call
     kernel = kernel_named(case.kernel, call.workload, call.format, target.features)
     schedule = _schedule(case, kernel)
-    if how(kernel) == EMULATED:
+    if not target.foreign and how(kernel) == EMULATED:
         function = emit_emulated(kernel.nest, call, kernel.micro, kernel.decoder, schedule)
     else:
         tile_permission.ask(kernel.requires)
         function = replace(kernel, timed=schedule).emit(call)
-    here = targets.native() if targets.satisfied_by_host(target) else target
-    module = library(function, here).jit()
+    elsewhere = targets.satisfied_by_host(target) and not target.foreign
+    executable = library(function, targets.native() if elsewhere else target)
     sample = draw(call, case.seed, case.values)
     shape = sample.answer.right.shape
     out = _Guarded(int(np.prod(shape)), memory_dtype(call.out))
     inputs = in_call_order(kernel, call, sample)
-    module["main"](*(tvm.runtime.tensor(a) for a in inputs), out.tensor())
+    if target.foreign:
+        if ended := guest.run(executable, target, inputs, out.values, out.memory):
+            return f"ended by {ended} under {target.emulator[0]}"
+    else:
+        executable.jit()["main"](*(tvm.runtime.tensor(a) for a in inputs), out.tensor())
     wrong = sample.answer.wrong(read(call.out, out.values.reshape(shape)))
     return out.wrong() or wrong
 
@@ -168,19 +173,19 @@ def mnemonics(request: Mapping[str, Any]) -> dict[str, Any]:
     kernel = kernel_named(request["kernel"], workload, fmt, target.features)
     call = _call(workload, fmt.name, "u8" if fmt.is_integer else "fp32", "", 1)
     text = assembly(library(kernel.emit(call), target))
-    return {"counts": dict(Counter(re.findall(r"^\s+(v?[a-z]\w+)\s", text, re.MULTILINE)))}
+    return {"counts": dict(Counter(re.findall(r"^\s+([a-z][\w.]+)\s", text, re.MULTILINE)))}
 
 
 class _Guarded:
     """An output array, poisoned, with a margin behind it that nobody may write."""
 
     def __init__(self, size: int, dtype: str):
-        self._margin = 256
-        item = np.dtype(dtype).itemsize
-        block = np.full(size * item + self._margin + 64, 0x7B, np.uint8)
+        margin, nbytes = 256, size * np.dtype(dtype).itemsize
+        block = np.full(nbytes + margin + 64, 0x7B, np.uint8)
         start = -block.ctypes.data % 64  # kernels may assume the runtime's alignment
-        self._behind = block[start + size * item :]
-        self.values: NDArray[Any] = block[start : start + size * item].view(dtype)
+        self.memory = block[start : start + nbytes + margin]
+        self.values: NDArray[Any] = self.memory[:nbytes].view(dtype)
+        self._behind = self.memory[nbytes:]
 
     def tensor(self) -> Any:
         import tvm

@@ -40,7 +40,7 @@ def compile_cell(request: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     target = targets.load(request["target"])
-    export(library(emit(call), target), folder / "cell.so")
+    export(library(emit(call), target), folder / "cell.so", target)
     rng = np.random.default_rng(int(request.get("seed", 0)))
     arrays = [_random(rng, operand) for operand in call.inputs]
     quantizers = [

@@ -16,6 +16,9 @@ from hwmpq.formats import Format
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.types import Execution
 
+#: Bytes of a multiplied element.
+BYTES = {"float32": 4, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1}
+
 
 @dataclass(frozen=True)
 class Micro(ABC):
@@ -49,12 +52,42 @@ class Micro(ABC):
         """Dots that may be summed in a narrow partial sum before it is widened; 0 = none kept."""
         return 0
 
+    def offset(self, fmt: Format) -> int:
+        """What is taken off the codes of activations before they are multiplied: unsigned ones of
+        eight bits do not fit signed bytes. The kernel adds as many sums of the weights."""
+        return 128 if self.a_dtype == "int8" and fmt.activation.qmax > 127 else 0
+
+    @property
+    def word(self) -> str:
+        """dtype of as many bits as kstep weights."""
+        bits = self.kstep * BYTES[self.w_dtype] * 8
+        return "float32" if self.w_dtype == "float32" else f"int{bits}"
+
     def broadcast(self, ir: IR, buffer: Buffer, index: Expr) -> Expr:
         """kstep activations from buffer[index], repeated over the vector."""
         if self.kstep == 1:
             return ir.broadcast(ir.load(buffer, index), self.lanes)
-        word = ir.reinterpret(ir.load(buffer, index, self.kstep), "int32")
+        word = ir.reinterpret(ir.load(buffer, index, self.kstep), self.word)
         return ir.reinterpret(ir.broadcast(word, self.lanes), self.a_dtype, self.lanes * self.kstep)
+
+    def broadcasts(self, ir: IR, buffer: Buffer, index: Expr) -> list[Expr]:
+        """The activations of `ahead` steps from buffer[index] on, loaded at once."""
+        if self.ahead == 1:
+            return [self.broadcast(ir, buffer, index)]
+        words = ir.load(buffer, index, self.ahead * self.kstep)
+        if self.kstep > 1:
+            words = ir.reinterpret(words, self.word, self.ahead)
+        words = ir.let(words)
+        found = [ir.shuffle(words, [step] * self.lanes) for step in range(self.ahead)]
+        if self.kstep > 1:
+            width = self.lanes * self.kstep
+            found = [ir.reinterpret(vector, self.a_dtype, width) for vector in found]
+        return found
+
+    def block_registers(self, rows: int, vectors: int) -> int:
+        """Vector registers that a block of sums takes, with what it multiplies."""
+        waiting = rows if self.ahead > 1 else 0
+        return rows * vectors + vectors + waiting + self.spare
 
     @abstractmethod
     def dot(self, ir: IR, acc: Expr, a: Expr, w: Expr) -> Expr:
@@ -76,6 +109,8 @@ class Micro(ABC):
     llvm: str = ""
     #: registers that a block needs beside its sums and weights
     spare: int = 5
+    #: steps whose activations are loaded as one vector, where an instruction takes one lane of it
+    ahead: int = 1
     #: dtype and lanes of a partial sum
     partial_dtype: str = ""
     partial_lanes: int = 0

@@ -1,4 +1,4 @@
-"""fp32 multiply-add on AVX2 and AVX-512; narrower floats and weight-only integers are decoded."""
+"""fp32 multiply-add of all vector sets; narrower floats and weight-only integers are decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hwmpq.types import Execution
 @dataclass(frozen=True)
 class Fma(Micro):
     """acc += a · w in fp32. Latency 4 cycles, two per cycle (AMD family 19h optimisation guide,
-    table of instruction latencies; Intel optimisation manual, Skylake: the same)."""
+    table of instruction latencies; Intel optimisation manual, Skylake: the same; Arm Cortex-A76
+    software optimization guide: the same)."""
 
     def why_not(self, fmt: Format) -> str | None:
         if fmt.is_integer:
@@ -38,4 +39,9 @@ MICROS = (
         spare=2,
     ),
     Fma("avx512_fma", frozenset({"avx512f"}), 16, 1, "float32", "float32", "float32", 32, 64),
+    Fma(
+        "neon_fma", frozenset({"neon"}), 4, 1, "float32", "float32", "float32", 32, 16,
+        spare=2, ahead=4,
+    ),
+    Fma("rvv_fma", frozenset({"v"}), 4, 1, "float32", "float32", "float32", 32, 16, spare=2),
 )  # fmt: skip

@@ -20,7 +20,7 @@ from hwmpq.formats import Format
 from hwmpq.kernels.decode import Decoder
 from hwmpq.kernels.epilogue import Run
 from hwmpq.kernels.ir import IR, Buffer, Expr
-from hwmpq.kernels.micro import Micro
+from hwmpq.kernels.micro import BYTES, Micro
 from hwmpq.kernels.nests import Buffers, Call, Schedule
 from hwmpq.kernels.nests.image import Geometry, copy_padded
 from hwmpq.kernels.nests.operand import Operand
@@ -56,8 +56,6 @@ def blocks(total: int, size: int) -> list[tuple[int, int]]:
     return [(c, s) for c, s in ((full, size), (1, rest)) if c and s]
 
 
-#: Bytes of a multiplied weight.
-WIDTH = {"float32": 4, "int16": 2, "uint16": 2, "int8": 1}
 #: Bytes of decoded weights that may stay resident while rows are walked on the outside.
 _RESIDENT = 24 * 1024
 #: Estimated slowdown of the other order of loops.
@@ -89,7 +87,7 @@ def schedules(call: Call, micro: Micro) -> list[Schedule]:
     inside the row loop. Weights that are an activation have the one order."""
     g = Geometry.of(call.workload)
     vectors = -(-g.gout // micro.lanes)
-    weights = g.cin // g.groups * g.kh * g.kw * g.cout * WIDTH[micro.w_dtype]
+    weights = g.cin // g.groups * g.kh * g.kw * g.cout * BYTES[micro.w_dtype]
     orders = {"rows": 1.0, "vectors": _TURNED}
     if not call.workload.has_weight:
         orders = {"vectors": 1.0}
@@ -99,7 +97,7 @@ def schedules(call: Call, micro: Micro) -> list[Schedule]:
     pixels = pixels_of(call.workload)
     for rows in range(1, min(14, pixels) + 1):
         for nj in (1, 2, 3, 4):
-            if rows * nj + nj + micro.spare > micro.registers or nj > vectors:
+            if micro.block_registers(rows, nj) > micro.registers or nj > vectors:
                 continue
             cost = row_cycles(pixels, vectors, Schedule(rows, nj), micro, call.format)
             found += [(cost * slower, Schedule(rows, nj, o)) for o, slower in orders.items()]
@@ -159,10 +157,10 @@ class Emitter:
 
     def _input(self) -> Buffer:
         """The image to read from, in the micro-kernel's dtype."""
-        over = self.p.per_segment * self.micro.kstep > self.g.segment
+        m, over = self.micro, self.p.per_segment * self.micro.kstep > self.g.segment
         return copy_padded(
-            self.ir, self.g, self.bufs, self.call.x, self.micro.a_dtype,
-            self.micro.vector_bytes, force=over,
+            self.ir, self.g, self.bufs, self.call.x, m.a_dtype, m.vector_bytes, force=over,
+            offset=m.offset(self.call.format),
         )  # fmt: skip
 
     def _weights(
@@ -191,7 +189,7 @@ class Emitter:
         tile = b.tile(vector, count)
         if m.acc_dtype == "int32":
             zero = ir.let(ir.cast(ir.load(self.bufs.scalars, Z_IN), "int32"))
-            self.sums = b.sums(tile, count, ir.const(0, "int32") - zero)
+            self.sums = b.sums(tile, count, ir.const(m.offset(self.call.format), "int32") - zero)
 
         def weight(first: Expr, j: int, step: Expr) -> Expr:
             return ir.load(tile, ((first + j) * p.steps + step) * p.width, p.width)
@@ -234,7 +232,7 @@ class Emitter:
         p = self.p
         if self.pixels < _PASS_PIXELS:
             return p.steps
-        step = count * p.width * WIDTH[self.micro.w_dtype]
+        step = count * p.width * BYTES[self.micro.w_dtype]
         if p.steps * step <= _PASS or p.steps != p.per_segment * len(self.g.taps):
             return p.steps
         unit = self.decoder.unit
@@ -326,8 +324,13 @@ class Emitter:
         ir, m = self.ir, self.micro
         places = [ir.let(corner + offset) for corner in corners]
         if not self.run:
-            with ir.loop(length) as k:
-                self._step(acc, places, steps, k, count, weight)
+            whole = length // m.ahead * m.ahead
+            if whole:
+                with ir.loop(whole // m.ahead) as chunk:
+                    self._several(acc, places, steps, chunk * m.ahead, count, weight)
+            if length > whole:
+                with ir.loop(length - whole) as k:
+                    self._step(acc, places, steps, whole + k, count, weight)
             return
         narrow = ir.local(self.rows * count * m.partial_lanes, m.partial_dtype)
         run = min(self.run, length)
@@ -349,6 +352,21 @@ class Emitter:
             wide = ir.load(acc, i * m.lanes, m.lanes)
             sums = ir.load(narrow, i * m.partial_lanes, m.partial_lanes)
             ir.store(acc, i * m.lanes, m.widen(ir, wide, sums), m.lanes)
+
+    def _several(
+        self, acc: Buffer, places: list[Expr], steps: Expr, k: Expr, count: int, weight: Any
+    ) -> None:
+        """As many reduction steps as the micro-kernel loads activations for."""
+        ir, m = self.ir, self.micro
+        given = [m.broadcasts(ir, self.source, place + k * m.kstep) for place in places]
+        for step in range(m.ahead):
+            weights = [ir.let(weight(j, steps + k + step)) for j in range(count)]
+            for i, activations in enumerate(given):
+                a = ir.let(activations[step])
+                for j in range(count):
+                    at = (i * count + j) * m.lanes
+                    value = m.dot(ir, ir.load(acc, at, m.lanes), a, weights[j])
+                    ir.store(acc, at, value, m.lanes)
 
     def _step(
         self, acc: Buffer, places: list[Expr], steps: Expr, k: Expr, count: int, weight: Any,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hwmpq.kernels.codes import memory_dtype, to_f32
+from hwmpq.kernels.codes import activation, memory_dtype
 from hwmpq.kernels.ir import IR, Buffer, Expr
+from hwmpq.kernels.micro import BYTES
 from hwmpq.kernels.nests import Buffers
 from hwmpq.requantize import Z_IN
 from hwmpq.types import Workload
@@ -90,18 +91,21 @@ class Geometry:
 
 
 def copy_padded(
-    ir: IR, g: Geometry, bufs: Buffers, x: str, dtype: str, vector_bytes: int, force: bool
-) -> Buffer:
+    ir: IR, g: Geometry, bufs: Buffers, x: str, dtype: str, vector_bytes: int, force: bool,
+    offset: int = 0,
+) -> Buffer:  # fmt: skip
     """The input with its padding, in `dtype`; the input itself where nothing has to change.
 
-    x: its encoding. force: copy anyway, for the readable elements behind the end.
+    x: its encoding. force: copy anyway, for the readable elements behind the end. offset: taken off
+    every code.
     """
     height, width = g.padded
     if memory_dtype(x) == dtype and not force and (height, width) == (g.h, g.w):
         return bufs.x
     slack = _SLACK + g.pl * g.cin
     scratch = ir.scratch(g.n * height * width * g.cin + slack, dtype)
-    zero = ir.let(ir.cast(ir.load(bufs.scalars, Z_IN), dtype))
+    zero = ir.load(bufs.scalars, Z_IN)
+    zero = ir.let(ir.cast(zero - ir.const(offset, "float32") if offset else zero, dtype))
     row = width * g.cin
     with ir.loop(g.n) as image:
         at = image * height * row
@@ -109,7 +113,7 @@ def copy_padded(
         with ir.loop(g.h) as y:
             inside = at + (g.pt + y) * row + g.pl * g.cin
             source = (image * g.h + y) * g.w * g.cin
-            _copy(ir, bufs.x, x, source, scratch, dtype, inside, g.w * g.cin, vector_bytes)
+            _copy(ir, bufs.x, x, source, scratch, dtype, inside, g.w * g.cin, vector_bytes, offset)
             # the right margin of this row and the left one of the next are neighbours
             ir.fill(scratch, inside + g.w * g.cin, (g.pl + g.pr) * g.cin, zero, dtype)
         below = at + (g.pt + g.h) * row + g.pl * g.cin
@@ -120,13 +124,8 @@ def copy_padded(
 
 def _copy(
     ir: IR, src: Buffer, encoding: str, start: Expr, dst: Buffer, dtype: str, to: Expr, size: int,
-    vector_bytes: int,
+    vector_bytes: int, offset: int,
 ) -> None:  # fmt: skip
-    lanes = vector_bytes // {"float32": 4, "int16": 2, "uint16": 2, "uint8": 1}[dtype]
-    for offset, n in ir.vectors(0, size, lanes):
-        value = ir.load(src, start + offset, n)
-        if dtype == "float32":
-            value = to_f32(ir, value, encoding, n)
-        elif memory_dtype(encoding) != dtype:
-            value = ir.cast(value, dtype, n)
-        ir.store(dst, to + offset, value, n)
+    for at, n in ir.vectors(0, size, vector_bytes // BYTES[dtype]):
+        value = activation(ir, ir.load(src, start + at, n), encoding, dtype, offset, n)
+        ir.store(dst, to + at, value, n)

@@ -98,12 +98,11 @@ class Operand:
         """b [n, k]: squares of lanes × lanes words are transposed in registers."""
         ir, m, k = self.ir, self.micro, self.call.workload["k"]
         width = m.lanes * m.kstep
-        word = "float32" if m.w_dtype == "float32" else "int32"
 
         def column(lane: int, depth: Expr) -> Expr:
             begin = self.start + (first + min(lane, valid - 1)) * k + depth
             values = self._multiplied(ir.load(self.source, begin, width), width)
-            return ir.let(values if m.kstep == 1 else ir.reinterpret(values, word, m.lanes))
+            return ir.let(values if m.kstep == 1 else ir.reinterpret(values, m.word, m.lanes))
 
         if k >= width:
             with ir.loop(k // width) as square:
