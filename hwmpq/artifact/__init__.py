@@ -1,24 +1,36 @@
 """The deployable artifact: a folder that runs with numpy and the TVM runtime alone.
 
-    manifest.json        what it is (below); lists the SHA-256 of every other file
+    manifest.json        what it is (below); holds the SHA-256 of every file but itself and
+    manifest.sig         optional: ed25519 signature, 64 bytes, over the bytes of manifest.json
     model.so             the compiled library (a Relax VM executable)
     parameters.safetensors   packed weights, in the order of manifest["parameters"]
     golden.safetensors   inputs and outputs of the exact simulator, checksums of every tensor
     assignment.json, quantizers.safetensors   to build it again, elsewhere or changed
 
-manifest.json, version 1: version, kind "hwmpq-artifact", versions {hwmpq, tvm, tvm-ffi}, target
-{name, tvm, features, cpu_flags}, threads, inputs and outputs [{name, shape, dtype, layout,
-normalization}], assignment {layer: format}, kernels {layer: {kernel, execution, and schedule where
-timing chose another than the default}}, calls (tensor written by each kernel call, in order),
-parameters (names in order), latency_s, accuracy, nbytes, files {name: sha256}.
+manifest.json, version 1, needs: version, kind "hwmpq-artifact", target {name, cpu_flags: [...]},
+threads, inputs and outputs [{name, shape, dtype}], assignment {layer: format}, calls (tensor
+written by each kernel call, in order), parameters (names in order), interface (SHA-256 of inputs,
+outputs, calls and parameters, see manifest.py), files {name: sha256}. It also tells: model,
+versions, target's tvm and features, layout and normalization of inputs, kernels {layer: {kernel,
+execution, and schedule where timing chose another than the default}}, nbytes. A reader ignores
+entries that it does not know; what would mislead an old reader raises `version`.
 
-Hashes find damage, not malice: loading an artifact runs its author's native code.
+Refused, always before native code is loaded: another version; an entry missing or of another type;
+a name twice in one JSON object; a file missing, changed, or not listed; a link, a pipe or a device
+instead of a file; a file name that leaves the folder; a CPU without a flag; with a key required,
+no signature or another one. Bytes are read once: those that were checked are those that are loaded.
+
+The folder may be moved, copied and renamed. The same model, assignment, quantizers, target and
+versions give the same bytes; times stand in result.json, not here. Threads: those it was built for
+at most; fewer where the process may use fewer cores.
+
+Hashes find damage, not malice: loading an unsigned artifact runs whoever's native code it is.
 """
 
 from __future__ import annotations
 
-from hwmpq.artifact.folder import read_manifest, save
+from hwmpq.artifact.folder import read_manifest, save, sign
 from hwmpq.artifact.golden import Replay, replay
 from hwmpq.artifact.run import Artifact, load
 
-__all__ = ["Artifact", "Replay", "load", "read_manifest", "replay", "save"]
+__all__ = ["Artifact", "Replay", "load", "read_manifest", "replay", "save", "sign"]

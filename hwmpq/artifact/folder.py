@@ -1,4 +1,4 @@
-"""The artifact as a folder of files: written whole or not at all, checked before use."""
+"""The artifact as a folder of files: written whole or not at all, read whole, signed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hwmpq.artifact import signature
+from hwmpq.artifact.contents import MANIFEST, open_artifact, read
+from hwmpq.artifact.manifest import KIND, VERSION, interface
 from hwmpq.errors import InputError
-
-VERSION = 1
-KIND = "hwmpq-artifact"
-MANIFEST = "manifest.json"
-#: What `load` uses of a manifest, and the files it reads.
-ENTRIES = {
-    "target": dict, "inputs": list, "outputs": list, "calls": list, "parameters": list,
-    "files": dict,
-}  # fmt: skip
-NEEDED = ("model.so", "parameters.safetensors")
 
 
 def save(
@@ -31,7 +24,7 @@ def save(
 ) -> None:
     """Write an artifact aside, then put it in place by rename.
 
-    manifest: all but version, kind and files. writers: file name -> function that writes it.
+    manifest: all but version, kind, interface and files. writers: file name -> what writes it.
     Raises InputError when `folder` exists and is not an artifact, or the disk is full; nothing is
     left half-written and an artifact that was there stays.
     """
@@ -48,7 +41,8 @@ def save(
         for name, write in writers.items():
             write(aside / name)
             files[name] = sha256(aside / name)
-        whole = {"version": VERSION, "kind": KIND, **manifest, "files": files}
+        whole = {"version": VERSION, "kind": KIND, **manifest, "interface": interface(manifest)}
+        whole["files"] = files
         write_json(aside / MANIFEST, whole)
         aside.chmod(0o755)
         replace_folder(aside, folder)
@@ -60,6 +54,25 @@ def save(
     finally:
         if aside:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact whose every file was checked. Raises InputError."""
+    contents = open_artifact(folder, signature.required())
+    for name in contents.manifest["files"]:
+        contents.file(name)
+    return dict(contents.manifest)
+
+
+def sign(folder: Path, key: Path) -> Path:
+    """Sign an artifact that is whole; a signature that was there is replaced: its path.
+
+    key: the file of a private key. Raises InputError.
+    """
+    contents = open_artifact(folder)
+    for name in contents.manifest["files"]:
+        contents.file(name)
+    return signature.sign(folder, read(folder, MANIFEST), key)
 
 
 def is_ours(folder: Path) -> bool:
@@ -122,48 +135,3 @@ def write_json(path: Path, value: Any) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(folder: Path, check: bool = True) -> dict[str, Any]:
-    """The manifest, with every listed file present and unchanged.
-
-    Raises InputError for a missing or newer artifact, a changed or missing file, or a file name
-    that leaves the folder. Nothing native is loaded.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{folder} is no artifact", error, "a folder made by hwmpq quantize or compile"
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise InputError(f"{folder} is no artifact", f"no kind {KIND!r} in {MANIFEST}")
-    if manifest.get("version") != VERSION:
-        raise InputError(
-            f"artifact {folder} has an unknown version", manifest.get("version"), VERSION,
-            "Use the hwmpq that made it, or make it again.",
-        )  # fmt: skip
-    lacking = [key for key in ENTRIES if not isinstance(manifest.get(key), ENTRIES[key])]
-    if lacking:
-        raise InputError(f"the manifest of {folder} is damaged: no {', '.join(lacking)}")
-    if check:
-        _check_files(folder, manifest["files"])
-    return manifest
-
-
-def _check_files(folder: Path, files: Mapping[str, str]) -> None:
-    for name in NEEDED:
-        if name not in files:
-            raise InputError(f"the manifest of {folder} does not list a file", name)
-    for name, expected in files.items():
-        if name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise InputError(f"file name in the manifest of {folder}", repr(name), "plain names")
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise InputError(f"artifact {folder} lacks a file", name)
-        if sha256(path) != expected:
-            raise InputError(
-                f"file {name!r} of artifact {folder} was changed", "another SHA-256", None,
-                "Copy the artifact again; do not run it.",
-            )  # fmt: skip

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq import tensors
 from hwmpq.artifact.run import Artifact
 from hwmpq.errors import InputError
 
@@ -38,7 +37,7 @@ def replay(artifact: Artifact) -> Replay:
 
     Raises InputError when the artifact holds no golden samples.
     """
-    arrays, metadata = tensors.load(artifact.path / "golden.safetensors")
+    arrays, metadata = artifact.golden()
     count = int(metadata.get("samples", "0"))
     if not count:
         raise InputError(f"artifact {artifact.path} has no golden samples")

@@ -18,8 +18,8 @@ _here = threading.local()
 
 def use(threads: int) -> None:
     """Let the parallel loops that this thread runs have so many threads, this one among them, or
-    as many as there are cores that the process may use. One: there are no such loops."""
-    if threads == 1 or getattr(_here, "threads", 0) == threads:
+    as many as there are cores that the process may use."""
+    if getattr(_here, "threads", 0) == threads:
         return
     import tvm_ffi
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq import tensors, tile_permission, toolchain
-from hwmpq.artifact import pool
-from hwmpq.artifact.folder import read_manifest
+from hwmpq import targets, tensors, tile_permission, toolchain
+from hwmpq.artifact import native, pool, signature
+from hwmpq.artifact.contents import Contents, open_artifact
+from hwmpq.artifact.manifest import GOLDEN, LIBRARY, PARAMETERS
 from hwmpq.errors import InputError
 
 Array = NDArray[Any]
@@ -20,30 +21,50 @@ Array = NDArray[Any]
 KERNEL_PREFIX = "hwmpq_"
 
 
-def load(path: str | Path) -> Artifact:
-    """Check an artifact and load it.
+def load(
+    path: str | Path, require_signature: str | Path | None = None, threads: int | None = None
+) -> Artifact:
+    """Check an artifact and load it; the bytes that were checked are the bytes that are loaded.
 
-    Raises InputError when files were changed, the version is unknown, this CPU lacks a feature, or
-    Linux refuses one: always before any native code of it is loaded.
+    require_signature: the file of the public key that must have signed it, beside the one that
+    HWMPQ_REQUIRE_SIGNATURE names. threads: another number than it was built for, if that is more
+    than one. Raises InputError when files were changed, added or taken away, the version is
+    unknown, the signature missing or wrong, this CPU lacks a feature, or Linux refuses one: always
+    before any native code of it is loaded.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    _check_cpu(manifest["target"])
-    tile_permission.ask(manifest["target"]["cpu_flags"])
+    contents = open_artifact(Path(path), signature.required(require_signature))
+    target, built_for = contents.manifest["target"], contents.manifest["threads"]
+    if threads is not None and (threads < 1 or built_for == 1 < threads):
+        raise InputError(
+            "threads", threads, "1" if built_for == 1 else "1 or more",
+            f"The artifact was built for {built_for}; `--threads` of compile says for how many.",
+        )  # fmt: skip
+    _check_cpu(target)
+    kept = {}
+    for name in contents.manifest["files"]:
+        raw = contents.file(name)
+        if name in (LIBRARY, PARAMETERS):
+            kept[name] = raw
+    parameters = _parameters(contents, kept[PARAMETERS])
+    tile_permission.ask(target["cpu_flags"])
     toolchain.check()
-    return Artifact(folder, manifest)
+    return Artifact(contents, kept[LIBRARY], parameters, threads or built_for)
+
+
+def _parameters(contents: Contents, raw: bytes) -> list[Array]:
+    """In the order in which the library takes them. Raises InputError where one is missing."""
+    arrays, _ = tensors.parse(raw, contents.path / PARAMETERS)
+    names = contents.manifest["parameters"]
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise InputError(f"{PARAMETERS} of artifact {contents.path} lacks a tensor", missing[0])
+    return [arrays[name] for name in names]
 
 
 def _check_cpu(target: Mapping[str, Any]) -> None:
-    flags: set[str] = set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("flags", "Features"):
-                flags = set(value.split())
-                break
-    except OSError:
-        return  # no such file on this system: the library itself is the next check
+    flags = targets.cpu_flags()
+    if not flags:
+        return  # this system does not tell: the library itself is the next check
     missing = sorted(set(target["cpu_flags"]) - flags)
     if missing:
         raise InputError(
@@ -55,27 +76,27 @@ def _check_cpu(target: Mapping[str, Any]) -> None:
 class Artifact:
     """A loaded artifact: call it with numpy arrays in the order of the model's inputs.
 
-    Not to be called from two threads at once (a lock makes them wait).
+    Any thread may call it; a lock makes them take turns. Threads that shall run at the same time
+    load one each.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+    def __init__(self, contents: Contents, code: bytes, parameters: Sequence[Array], threads: int):
         import tvm
         from tvm.runtime.vm import VirtualMachine
 
-        self.path, self.manifest = folder, manifest
-        library = tvm.runtime.load_module(str(folder / "model.so"))
+        self.path, self.manifest, self._contents = contents.path, contents.manifest, contents
+        library = native.library(code, contents.path)
         self._machine: Callable[[], Any] = lambda: VirtualMachine(library, tvm.cpu())
         self._vm = self._machine()
-        arrays, _ = tensors.load(folder / "parameters.safetensors")
-        self._parameters = [tvm.runtime.tensor(arrays[n]) for n in manifest["parameters"]]
         self._tensor = tvm.runtime.tensor
+        self._parameters = [self._tensor(array) for array in parameters]
         self._lock = threading.Lock()
-        self._threads = int(manifest.get("threads", 1))
+        self._threads = threads
 
     def __call__(self, *inputs: Array) -> Array | list[Array]:
         """Run once. Raises InputError for a wrong number, shape or dtype of inputs."""
         checked = self._checked(inputs)
-        pool.use(self._threads)
+        self._take_threads()
         with self._lock:
             result = self._vm["main"](*checked, *self._parameters)
         outputs = [result] if hasattr(result, "numpy") else list(result)
@@ -113,10 +134,16 @@ class Artifact:
             rng = np.random.default_rng(0)
             shapes = [entry["shape"] for entry in self.manifest["inputs"]]
             inputs = tuple(rng.standard_normal(s).astype(np.float32) for s in shapes)
-        pool.use(self._threads)
+        self._take_threads()
         self._vm.set_input("main", *self._checked(inputs), *self._parameters)
         invoke = self._vm.invoke_stateful
         return lambda: invoke("main")
+
+    def golden(self) -> tuple[dict[str, Array], dict[str, str]]:
+        """The golden samples and the checksums. Raises InputError where they were changed."""
+        if GOLDEN not in self.manifest["files"]:
+            raise InputError(f"artifact {self.path} has no golden samples")
+        return tensors.parse(self._contents.file(GOLDEN), self.path / GOLDEN)
 
     def trace(self, *inputs: Array) -> list[tuple[str, Array]]:
         """Run once and give every tensor that a kernel wrote, in order: (name, flat contents)."""
@@ -130,10 +157,14 @@ class Artifact:
         checked = self._checked(inputs)
         machine = self._machine()  # an instrument cannot be taken off again
         machine.set_instrument(after)
-        pool.use(self._threads)
+        self._take_threads()
         with self._lock:
             machine["main"](*checked, *self._parameters)
         return list(zip(self.manifest["calls"], seen, strict=True))
+
+    def _take_threads(self) -> None:
+        if self.manifest["threads"] > 1:  # else there are no parallel loops in it
+            pool.use(self._threads)
 
     def _checked(self, inputs: Sequence[Array]) -> list[Any]:
         expected = self.manifest["inputs"]

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tvm
 from torch import nn
 
 from hwmpq import artifact, lower, targets, tensors, toolchain
 from hwmpq.artifact import folder as artifact_folder
+from hwmpq.artifact import native
 from hwmpq.artifact.folder import replace_folder, write_json
 from hwmpq.artifact.golden import checksum
 from hwmpq.errors import InputError
@@ -150,7 +150,7 @@ def no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("native code was loaded")
 
-    monkeypatch.setattr(tvm.runtime, "load_module", refuse)
+    monkeypatch.setattr(native, "library", refuse)
 
 
 def test_saved_loaded_called(made: Made, kept: Path) -> None:
@@ -169,6 +169,67 @@ def test_saved_loaded_called(made: Made, kept: Path) -> None:
     assert rows.shape == (6, 5) and steps == [1] * 6
     net.bench_callable()()
     assert sorted(os.listdir(kept)) == sorted([*FILES, "manifest.json"])
+
+
+class Two(nn.Module):
+    """Two inputs, two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, 1, 1), nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = torch.relu(self.conv(x)), self.fc(y)
+        return (x * y[:, :, None, None]).mean((2, 3)), y
+
+
+def test_several_inputs_and_outputs(made: Made, kept: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = {"x": torch.randn(1, 3, 8, 8), "y": torch.randn(1, 4)}
+    graph = trace(Two().eval(), tuple(given.values()))
+    plan = dict.fromkeys(("conv", "fc"), "w8a8")
+    quantizers = calibrate(graph, [given], ["w8a8"])
+    built = lower.build(relax_module(graph), plan, quantizers, TARGET)
+    told = {
+        kind: [{"name": n, "shape": list(graph.tensors[n]), "dtype": "float32"} for n in names]
+        for kind, names in (("inputs", graph.inputs), ("outputs", graph.outputs))
+    }
+    told |= {"calls": list(built.calls), "parameters": list(built.parameters)}
+    manifest = {**made.manifest(), **told, "assignment": plan}
+    writers: dict[str, Callable[[Path], None]] = {
+        "model.so": lambda p: built.executable.export_library(str(p)),
+        "parameters.safetensors": lambda p: tensors.save(p, built.parameters),
+    }
+    artifact.save(tmp_path / "two", manifest, writers)
+    other = artifact.load(kept)  # stays: a second library beside it must not be taken for it
+    found = artifact.load(tmp_path / "two").named({k: v.numpy() for k, v in given.items()})
+    want = Simulator(graph, plan, quantizers)(given)
+    assert list(found) == list(graph.outputs) and len(found) == 2
+    for got, exact in zip(found.values(), want, strict=True):
+        assert np.array_equal(got, exact.numpy())
+    assert artifact.replay(other).exact
+    edited(tmp_path / "two", lambda m: m["inputs"].reverse())
+    with pytest.raises(InputError, match=r"inputs, outputs, calls or parameters .* were changed"):
+        artifact.load(tmp_path / "two")
+
+
+SAVE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_artifact import Made
+Made(dict.fromkeys(("conv1", "conv2", "fc"), "w8a8")).save(Path("again"))
+"""
+
+
+def test_the_same_bytes_from_another_process_and_place(kept: Path, tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONHASHSEED": "7", "TMPDIR": str(tmp_path)}
+    here = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", SAVE, here], env=env, cwd=tmp_path, check=True)
+    again = tmp_path / "again"
+    assert sorted(os.listdir(again)) == sorted(os.listdir(kept))
+    for file in kept.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_results_do_not_share_memory(made: Made, kept: Path) -> None:

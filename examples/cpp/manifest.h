@@ -1,0 +1,29 @@
+// What a manifest must hold: the same entries, ranges and order of checks as hwmpq/artifact.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "json.h"
+
+struct TensorSpec {
+  std::string name, dtype;
+  std::vector<int64_t> shape;
+};
+
+struct Manifest {
+  std::string target;
+  std::vector<std::string> cpu_flags, parameters;
+  std::vector<TensorSpec> inputs, outputs;
+  Json files; // name -> SHA-256
+  int threads = 1;
+};
+
+// A manifest's bytes, its signature checked already. Throws Refused.
+Manifest read_manifest(const std::string &raw);
+
+// Bytes of an element; 0 for a type that a border of a network or a parameter cannot have.
+int dtype_bytes(const std::string &dtype);
+
+std::string sha256(const std::string &bytes); // in lower-case hexadecimal digits
