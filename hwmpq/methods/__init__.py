@@ -18,7 +18,7 @@ from hwmpq.stages.job import Options
 from hwmpq.types import Problem
 
 #: Names that the contract knows and this version does not have.
-_ABSENT = ("fliqs", "fliqs-nas")
+_ABSENT = ("fliqs-nas",)
 
 
 @cache
@@ -51,9 +51,17 @@ def named(name: str) -> Method:
 def settle(options: Options) -> Options:
     """The options with the method's own estimator and solver where the user named none.
 
-    Raises UnknownName for an unknown method, InputError for an estimator that is not its own.
+    Raises UnknownName for an unknown method, InputError for an estimator that is not its own, and
+    for training asked of a method that does not train, or asked wrongly.
     """
     method = named(options.method)
+    if method.trained:
+        method.trained(options)
+    elif options.train_data or options.train or options.train_out:
+        raise InputError(
+            f"--train, --train-data or --train-out of the method {options.method}", None,
+            [name for name in names() if named(name).trained], "Give such a --method.",
+        )  # fmt: skip
     if method.estimators and options.sensitivity not in (None, *method.estimators):
         raise InputError(
             f"sensitivity estimator of the method {options.method}", options.sensitivity,

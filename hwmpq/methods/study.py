@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +29,9 @@ from hwmpq.types import Problem, Sensitivity, Solution, digest
 
 if TYPE_CHECKING:
     from hwmpq.stages.facts import Facts
-    from hwmpq.stages.job import Job
+    from hwmpq.stages.job import Job, Options
+
+T = TypeVar("T")
 
 #: Seconds that judging plans may take, where --max-time does not say.
 SECONDS = 120.0
@@ -69,11 +72,13 @@ class Method:
     """choose: the facts and a problem -> the plan of least loss within its budgets.
 
     estimators: those it can work with, its own first; () for any. solver: its own; None: ilp.
+    trained: of a method that trains: raises InputError for options that its training cannot take.
     """
 
     choose: Callable[[Study, Problem], Chosen]
     estimators: tuple[str, ...] = ()
     solver: str | None = None
+    trained: Callable[[Options], object] | None = None
 
 
 def by_estimate(study: Study, problem: Problem) -> Chosen:
@@ -97,6 +102,14 @@ class Study:
         self._sensitivities: dict[str, Sensitivity] = {}
         self._judged: dict[str, Judged] = {}
         self._reference: torch.Tensor | None = None
+        self._made_once: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What a method makes for the whole study, however often it is asked for plans."""
+        if name not in self._made_once:
+            self._made_once[name] = make()
+        found: T = self._made_once[name]
+        return found
 
     @property
     def images(self) -> int:
@@ -156,10 +169,16 @@ class Study:
         if key not in self._judged:
             kept = self.job.store.fact("judged", key)
             if kept is None:
-                kept = list(self._judge(assignment, setting, start, stop, loss))
+                numbers = partial(self.quantizers, setting, assignment)
+                kept = list(self._judge(assignment, numbers, start, stop, loss))
                 self.job.store.put_fact("judged", key, kept)
             self._judged[key] = Judged(float(kept[0]), stop - start, float(kept[1]))
         return self._judged[key]
+
+    def judge_with(self, assignment: Mapping[str, str], quantizers: Quantizers) -> float:
+        """The true loss of a plan with numbers of its own, on the held-out images."""
+        loss = self.job.options.loss
+        return self._judge(assignment, lambda: quantizers, 0, self.images, loss)[0]
 
     def time_for(self, count: int = 1) -> bool:
         """Is there time to judge so many more plans, as long as judged ones took?"""
@@ -176,15 +195,16 @@ class Study:
         )  # fmt: skip
 
     def _judge(
-        self, assignment: Mapping[str, str], setting: Setting, start: int, stop: int, word: str
-    ) -> tuple[float, float]:
+        self, assignment: Mapping[str, str], numbers: Callable[[], Quantizers], start: int,
+        stop: int, word: str,
+    ) -> tuple[float, float]:  # fmt: skip
         """Loss increase and seconds."""
         holdout = self.facts.images.holdout
         if self._reference is None:
             self._reference = float_logits(self.job, holdout, "held-out images")
         began = time.perf_counter()
         part = holdout.subset(np.arange(start, stop))
-        simulator = Simulator(self.job.graph, assignment, self.quantizers(setting, assignment))
+        simulator = Simulator(self.job.graph, assignment, numbers())
         outputs = predict(simulator, part)
         labels = None if part.labels is None else torch.from_numpy(part.labels)
         batch = Batch(self._reference[start:stop], labels)

@@ -10,34 +10,33 @@ checkpoint (weights, moments and step) ends as one that was never interrupted.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hwmpq import tensors
 from hwmpq.data import DataSet
 from hwmpq.errors import InputError
 from hwmpq.formats import QuantizedWeight, format_named
 from hwmpq.graph import Graph
+from hwmpq.quantize import checkpoint as checkpoints
 from hwmpq.quantize.feed import named
 from hwmpq.quantize.interpret import Constants, evaluate
 from hwmpq.quantize.learned import Learned
 from hwmpq.quantize.simulate import Simulator
-from hwmpq.quantizers import Quantizers
+from hwmpq.quantizers import F32, Quantizers
 from hwmpq.requantize import Quantizer
+from hwmpq.storage import quantizer_roots
 from hwmpq.types import digest
 
-VERSION = 1
+VERSION = 2
 #: Operators whose constants are trained; of others (tables, fixed factors) they stay.
 _TRAINED_OPS = ("conv2d", "linear", "layer_norm", "batch_affine")
 _TEMPERATURE = 2.0
@@ -48,7 +47,8 @@ _TOLD = 50
 @dataclass(frozen=True)
 class Settings:
     """steps: optimizer steps; batch: samples of each; rate: Adam's, at first; distill: d;
-    augment: random shifts by up to an eighth, and mirrored; checkpoint: steps between two."""
+    augment: random shifts by up to an eighth, and mirrored; checkpoint: steps between two.
+    Raises InputError for what is out of range."""
 
     steps: int
     batch: int = 64
@@ -57,6 +57,15 @@ class Settings:
     augment: bool = False
     checkpoint: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "checkpoint"):
+            if getattr(self, name) < 1:
+                raise InputError(name, getattr(self, name), "1 or more")
+        if not self.rate > 0:
+            raise InputError("rate", self.rate, "above 0")
+        if not 0 <= self.distill <= 1:
+            raise InputError("distill", self.distill, "0 (labels only) to 1 (float only)")
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,7 @@ class Trained:
 
 
 class Training:
-    """The parameters of a run, and what they become. Raises InputError for settings out of
-    range."""
+    """The parameters of a run, and what they become."""
 
     def __init__(
         self,
@@ -79,12 +87,11 @@ class Training:
         quantizers: Quantizers,
         settings: Settings,
     ):
-        _check(settings)
         self.graph, self.settings = quantizers.graph(graph), settings
         self.assignment, self.start = dict(assignment), quantizers
         self.constants = self._constants()
         self.weight_steps = {
-            node.name: torch.tensor(np.log(scale)).requires_grad_()
+            node.name: log_step(scale)
             for node in self.graph.layers
             if "weight" in node.params
             for fmt in [format_named(assignment[node.name])]
@@ -100,12 +107,7 @@ class Training:
 
     def _constants(self) -> dict[str, Tensor]:
         """Trained constants, a corrected bias in place of the graph's."""
-        found = {
-            name: self.graph.constants[name]
-            for node in self.graph.nodes
-            if node.op in _TRAINED_OPS
-            for name in node.params.values()
-        }
+        found = trained_constants(self.graph)
         for node in self.graph.layers:
             own = self.start.biases.get((node.name, self.assignment[node.name]))
             if own is not None and "bias" in node.params:
@@ -119,16 +121,14 @@ class Training:
         found = Simulator(
             self.graph, self.assignment, self.start, "fast", self.constants, arithmetic=make
         )
-        plan, softmax = found.resolved.plan, {n.name for n in self.graph.nodes if n.op == "softmax"}
+        plan, fixed = found.resolved.plan, fixed_roots(self.graph)
         used = [(t, e) for t, e in plan.stored.items()]
         used += [(n.inputs[i], e) for n in self.graph.nodes
                  for i in range(len(n.inputs)) for e in [plan.demand[n.name, i]]]  # fmt: skip
-        fixed = {plan.root[t] for t in softmax}
         for tensor, encoding in sorted(used):
             key = plan.root[tensor], encoding
             if key in self.start.activations and key[0] not in fixed:
-                scale = self.start.activations[key].scale
-                self.steps.setdefault(key, torch.tensor(math.log(scale)).requires_grad_())
+                self.steps.setdefault(key, log_step(self.start.activations[key].scale))
         return found
 
     @property
@@ -142,21 +142,100 @@ class Training:
 
     def quantizers(self) -> Quantizers:
         """What the parameters stand for now."""
-        constants = {name: p.detach().numpy().copy() for name, p in self.constants.items()}
-        activations = dict(self.start.activations)
-        for key, step in self.steps.items():
-            activations[key] = Quantizer(float(step.detach().exp()), activations[key].zero)
-        weights: dict[tuple[str, str], QuantizedWeight] = {}
-        for node in self.graph.layers:
-            if "weight" in node.params:
-                fmt = format_named(self.assignment[node.name])
-                step_ = self.weight_steps.get(node.name)
-                scale = self.start.weight(node.name, fmt.name).scale
-                if step_ is not None:
-                    scale = step_.detach().exp().numpy()
-                value = constants[node.params["weight"]]
-                weights[node.name, fmt.name] = fmt.quantize_weight(value, scale)
-        return Quantizers(activations, weights, {}, {**self.start.constants, **constants})
+        return settled(
+            self.graph, self.assignment, self.start, self.constants, self.weight_steps, self.steps
+        )
+
+
+def trained_constants(graph: Graph) -> dict[str, F32]:
+    """The graph's constants that training changes."""
+    return {
+        name: graph.constants[name]
+        for node in graph.nodes
+        if node.op in _TRAINED_OPS
+        for name in node.params.values()
+    }
+
+
+def fixed_roots(graph: Graph) -> frozenset[str]:
+    """Quantizer roots whose scale is no matter of training: of softmax results."""
+    root = quantizer_roots(graph)
+    return frozenset(root[node.name] for node in graph.nodes if node.op == "softmax")
+
+
+def log_step(scale: float | F32, device: torch.device | str = "cpu") -> Tensor:
+    """The parameter that stands for a scale."""
+    return torch.tensor(np.log(np.float32(scale)), device=device).requires_grad_()
+
+
+def settled(
+    graph: Graph,
+    assignment: Mapping[str, str],
+    start: Quantizers,
+    constants: Mapping[str, Tensor],
+    weight_steps: Mapping[str, Tensor],
+    steps: Mapping[tuple[str, str], Tensor],
+) -> Quantizers:
+    """What trained parameters stand for under an assignment; what was not trained is `start`'s."""
+    fresh = {name: p.detach().cpu().numpy().copy() for name, p in constants.items()}
+    activations = dict(start.activations)
+    for key, step in steps.items():
+        activations[key] = Quantizer(float(step.detach().exp()), activations[key].zero)
+    weights: dict[tuple[str, str], QuantizedWeight] = {}
+    for node in graph.layers:
+        if "weight" in node.params:
+            fmt = format_named(assignment[node.name])
+            learned = weight_steps.get(node.name)
+            scale = start.weight(node.name, fmt.name).scale
+            if learned is not None:
+                scale = learned.detach().exp().cpu().numpy()
+            value = fresh[node.params["weight"]]
+            weights[node.name, fmt.name] = fmt.quantize_weight(value, scale)
+    return Quantizers(activations, weights, {}, {**start.constants, **fresh})
+
+
+class Course:
+    """What a run is taught by: samples, and the float model's answers to them."""
+
+    def __init__(
+        self, graph: Graph, data: DataSet, settings: Settings, device: torch.device | str = "cpu"
+    ):
+        self.graph, self.data, self.settings, self.device = graph, data, settings, device
+        self._teacher = Constants(graph, device)
+
+    def step(
+        self,
+        simulator: Simulator,
+        optimizer: torch.optim.Adam,
+        k: int,
+        adjust: Callable[[], None] = lambda: None,
+        part: slice = slice(None),
+    ) -> tuple[float, float]:
+        """Step k on a simulator of the optimizer's parameters: loss before it, and accuracy.
+
+        adjust: what is done to the gradients first; part: of the step's samples. Accuracy:
+        agreement with the float model without labels. Raises InputError where the loss is no
+        number any more.
+        """
+        whole, truth = samples_of(self.data, self.settings, k)
+        x = whole[part].to(self.device)
+        labels = None if truth is None else truth[part].to(self.device)
+        with torch.no_grad():
+            wanted = evaluate(self.graph, named(self.graph, x), constants=self._teacher)
+        soft = wanted[self.graph.outputs[0]].flatten(1)
+        found = simulator(x)[0].flatten(1)
+        loss = _loss(found, soft, labels, self.settings.distill)
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.rate * (1 + math.cos(math.pi * k / self.settings.steps)) / 2
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        adjust()
+        optimizer.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise InputError(f"loss of step {k}", value, "a number", "Use a smaller rate.")
+        right = found.argmax(1) == (soft.argmax(1) if labels is None else labels)
+        return value, float(right.float().mean())
 
 
 def finetune(
@@ -175,25 +254,15 @@ def finetune(
     """
     run = Training(graph, assignment, quantizers, settings)
     optimizer = torch.optim.Adam(run.parameters.values(), settings.rate)
-    losses = _resume(run, optimizer, checkpoint) if checkpoint and checkpoint.exists() else []
-    teacher = Constants(graph)
+    losses: list[float] = []
+    if checkpoint and checkpoint.exists():
+        losses = checkpoints.read(checkpoint, run.parameters, [optimizer], run.key)
+    course = Course(graph, data, settings)
     began = time.perf_counter()
     for k in range(len(losses), settings.steps):
-        x, labels = samples_of(data, settings, k)
-        with torch.no_grad():
-            wanted = evaluate(graph, named(graph, x), constants=teacher)[graph.outputs[0]]
-        found = run.simulator(x)[0]
-        loss = _loss(found.flatten(1), wanted.flatten(1), labels, settings.distill)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * (1 + math.cos(math.pi * k / settings.steps)) / 2
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            raise InputError(f"loss of step {k}", losses[-1], "a number", "Use a smaller rate.")
+        losses.append(course.step(run.simulator, optimizer, k)[0])
         if checkpoint and (k + 1) % settings.checkpoint == 0:
-            _save(run, optimizer, losses, checkpoint)
+            checkpoints.write(checkpoint, run.parameters, [optimizer], run.key, losses)
         note(k + 1, losses[-1])
     seconds = time.perf_counter() - began
     return Trained(run.quantizers(), float(np.mean(losses[-_TOLD:])), seconds)
@@ -229,44 +298,3 @@ def _loss(found: Tensor, wanted: Tensor, labels: Tensor | None, distill: float) 
     soft, truth = (F.log_softmax(y / _TEMPERATURE, 1) for y in (found, wanted))
     loss = share * _TEMPERATURE**2 * F.kl_div(soft, truth, log_target=True, reduction="batchmean")
     return loss if labels is None else loss + (1 - share) * F.cross_entropy(found, labels)
-
-
-def _save(run: Training, optimizer: torch.optim.Adam, losses: list[float], path: Path) -> None:
-    held: dict[str, Any] = {}
-    for name, parameter in run.parameters.items():
-        state = optimizer.state[parameter]
-        held[name] = parameter.detach().numpy()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            value = state.get(moment, torch.zeros_like(parameter))
-            held[f"{name}|{moment}"] = value.detach().numpy()
-    tensors.save(path, held, {"key": run.key, "losses": json.dumps(losses)})
-
-
-def _resume(run: Training, optimizer: torch.optim.Adam, path: Path) -> list[float]:
-    """Load parameters and moments; the losses so far."""
-    held, metadata = tensors.load(path)
-    if metadata.get("key") != run.key:
-        raise InputError(
-            f"checkpoint {path} of another run", metadata.get("key"), run.key,
-            "Use another --out, or the settings it was made with.",
-        )  # fmt: skip
-    losses: list[float] = json.loads(metadata["losses"])
-    with torch.no_grad():
-        for name, parameter in run.parameters.items():
-            parameter.copy_(torch.tensor(held[name]))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(len(losses))),
-                "exp_avg": torch.tensor(held[f"{name}|exp_avg"]),
-                "exp_avg_sq": torch.tensor(held[f"{name}|exp_avg_sq"]),
-            }
-    return losses
-
-
-def _check(settings: Settings) -> None:
-    for name in ("steps", "batch", "checkpoint"):
-        if getattr(settings, name) < 1:
-            raise InputError(name, getattr(settings, name), "1 or more")
-    if not settings.rate > 0:
-        raise InputError("rate", settings.rate, "above 0")
-    if not 0 <= settings.distill <= 1:
-        raise InputError("distill", settings.distill, "0 (labels only) to 1 (float only)")
