@@ -11,6 +11,7 @@
     prefix = ["numactl", "-m", "0"] # put before the worker's command line
     lock = "/tmp/bench.lock"        # a file there, held while timing; else one that all hwmpq share
     fingerprint = "x86_64-8c-1f..." # refuse any other machine; `hwmpq devices` shows it
+    emulated = true                 # it gives the right numbers, its seconds mean nothing
 
     [devices.boards]                # any of the servers (`hwmpq devices serve`) at a tracker
     transport = "rpc"
@@ -30,7 +31,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -55,7 +56,7 @@ class Device:
     to, none = not pinned. lock: a file on the device that whoever uses it holds, '' = the one that
     all hwmpq share. python: the interpreter there, '' = ours, or python3 elsewhere. target: default
     target, '' = the machine's native. tracker, key: which servers, for rpc. fingerprint: of the one
-    machine meant, '' = any.
+    machine meant, '' = any. emulated: nothing is ever timed there.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -71,6 +72,7 @@ class Device:
     tracker: str = ""
     key: str = ""
     fingerprint: str = ""
+    emulated: bool = False
 
     def __post_init__(self) -> None:
         rpc = self.transport == "rpc"
@@ -120,6 +122,15 @@ class Device:
             return ["adb", *choice, "shell", "-T", shlex.join(there)]
         return there
 
+    def check_times(self) -> None:
+        """Raises InputError where seconds mean nothing."""
+        if self.emulated:
+            raise InputError(
+                "times of an emulated device", self.name, "a chip: ssh, adb or rpc",
+                "An emulator proves numbers and instructions, not seconds: describe a board in "
+                f"{path()} and name it with --device; `hwmpq compile` runs on this one.",
+            )  # fmt: skip
+
     def recognize(self, fingerprint: str) -> None:
         """Raises DeviceError for another machine than the one that the description names."""
         if self.fingerprint and fingerprint != self.fingerprint:
@@ -159,6 +170,20 @@ def path() -> Path:
     """Where the user's devices are described; the file need not exist."""
     given = os.environ.get("HWMPQ_DEVICES")
     return Path(given) if given else platformdirs.user_config_path("hwmpq") / "devices.toml"
+
+
+def append(device: Device) -> None:
+    """Describe one more device in the file, which is made where there is none."""
+    lines = [f"\n[devices.{device.name}]"]
+    for field in fields(device):
+        value = getattr(device, field.name)
+        if field.name != "name" and value != field.default:
+            # JSON's texts, lists and booleans are TOML's too
+            lines.append(f"{field.name} = {json.dumps(value)}")
+    path().parent.mkdir(parents=True, exist_ok=True)
+    begun = path().exists()
+    with path().open("a", encoding="utf-8") as file:
+        file.write(("" if begun else f"version = {VERSION}\n") + "\n".join(lines) + "\n")
 
 
 def _entries(file: Path) -> dict[str, dict[str, Any]]:

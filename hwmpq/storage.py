@@ -31,7 +31,9 @@ from hwmpq.graph import Graph, Node
 
 #: Operators whose result has the encoding and the quantizer of their input.
 KEEPS = ("max_pool2d", "pad", "relu", "clamp", "rearrange")
-_FLOAT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "e4m3": 8, "e5m2": 8, "e2m1": 4}
+_FLOAT_BITS = {
+    "fp32": 32, "bf16": 16, "fp16": 16, "e4m3": 8, "e5m2": 8, "e3m2": 6, "e2m3": 6, "e2m1": 4,
+}  # fmt: skip
 
 
 def is_integer(encoding: str) -> bool:

@@ -61,12 +61,18 @@ def save(
 
 
 def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Tensors and metadata; bf16 and fp8 need ml_dtypes, which an artifact does not.
-
-    Raises InputError for another or a damaged kind of file.
-    """
+    """Tensors and metadata of a file. Raises InputError for another or a damaged kind of file."""
     try:
         raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"not a readable safetensors file: {path}", repr(error)) from error
+    return parse(raw, path)
+
+
+def parse(raw: bytes, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Tensors and metadata of a file's bytes; bf16 and fp8 need ml_dtypes, which an artifact does
+    not. Raises InputError for another or a damaged kind of file."""
+    try:
         (size,) = struct.unpack_from("<Q", raw)
         if size > min(len(raw) - 8, _HEADER_LIMIT):
             raise ValueError(f"header of {size} bytes in a file of {len(raw)}")
@@ -81,7 +87,7 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
                 raise ValueError(f"offsets of {name!r} do not fit")
             tensors[name] = np.frombuffer(body[begin:end], dtype).reshape(shape)
     except (
-        OSError, ImportError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+        ImportError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
         struct.error,
     ) as error:  # fmt: skip
         raise InputError(f"not a readable safetensors file: {path}", repr(error)) from error

@@ -34,6 +34,7 @@ app = typer.Typer(
 for _part in (jobs, solving, artifacts, machine, reports):
     _part.register(app)
 for _name, _group in (
+    ("artifact", artifacts.group),
     ("devices", devices.group),
     ("target", target.group),
     ("cost-model", cost_model.group),

@@ -112,6 +112,31 @@ def inspect_artifact(artifact: str) -> Answer:
     return Answer(told, "\n".join(lines))
 
 
+def require(key: Path | None) -> None:
+    """Take only artifacts signed with the key, here and in child processes."""
+    from hwmpq.artifact import signature
+
+    if key is not None:
+        signature.require(key)
+
+
+def make_keys(key: Path) -> Answer:
+    """A new key pair: `key`, and beside it the public one."""
+    from hwmpq.artifact import signature
+
+    public = signature.keygen(key)
+    text = f"{key}: to sign; keep it secret\n{public}: for --require-signature"
+    return Answer({"version": VERSION, "private": str(key), "public": str(public)}, text)
+
+
+def sign_artifact(artifact: str, key: Path) -> Answer:
+    """Sign an artifact that is whole."""
+    from hwmpq.artifact import sign
+
+    place = sign(Path(artifact), key)
+    return Answer({"version": VERSION, "signature": str(place)}, f"signed: {place}")
+
+
 def is_artifact(path: str) -> bool:
     """Whether a command's MODEL|ARTIFACT names a folder."""
     return not re.match(r"zoo:", path) and Path(path).is_dir()
@@ -136,9 +161,7 @@ def _load(artifact: str) -> Any:
 
 def _largest(loaded: Any) -> float:
     """The largest magnitude among the golden outputs."""
-    from hwmpq import tensors
-
-    arrays, _ = tensors.load(loaded.path / "golden.safetensors")
+    arrays, _ = loaded.golden()
     outputs = [array for name, array in arrays.items() if ".output." in name]
     return max((float(np.abs(array).max(initial=0.0)) for array in outputs), default=0.0)
 

@@ -12,7 +12,17 @@ from hwmpq.cli.command import command
 from hwmpq.cli.output import Answer
 
 _PANEL = "Artifacts"
+group = typer.Typer(help="Sign artifacts, and make keys to do so.", no_args_is_help=True)
 Artifact = Annotated[str, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.")]
+Signed = Annotated[
+    Path | None,
+    typer.Option(
+        "--require-signature",
+        metavar="KEY.pub",
+        help="Refuse the artifact unless this key signed it; HWMPQ_REQUIRE_SIGNATURE=KEY.pub asks "
+        "it of every command.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +41,7 @@ def inspect(
         str | None,
         typer.Option("--outputs", metavar="NODE,..", help="Cut the model at these nodes."),
     ] = None,
+    require_signature: Signed = None,
     **given: Any,
 ) -> Answer:
     """Layers, sizes, MACs and the formats each may take, with the reasons against the others.
@@ -41,6 +52,7 @@ def inspect(
     """
     from hwmpq.cli import artifact_jobs
 
+    artifact_jobs.require(require_signature)
     if artifact_jobs.is_artifact(what):
         return artifact_jobs.inspect_artifact(what)
     from hwmpq.cli import tables
@@ -61,6 +73,7 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", metavar="y.npy|y.npz", help="Where the outputs go.")
     ],
+    require_signature: Signed = None,
 ) -> Answer:
     """Run an artifact on arrays from a file; needs no torch.
 
@@ -71,6 +84,7 @@ def run(
     """
     from hwmpq.cli import artifact_jobs
 
+    artifact_jobs.require(require_signature)
     return artifact_jobs.run_artifact(artifact, source, output)
 
 
@@ -88,14 +102,16 @@ def bench(
             help="Also time this float model in another runtime, in the same rounds.",
         ),
     ] = None,
+    require_signature: Signed = None,
     seed: int = 0,
 ) -> Answer:
     """Time whole runs of an artifact: median with a 95 % interval; needs no torch.
 
     Example: hwmpq bench hwmpq-out/artifact --against torch zoo:digits_cnn
     """
-    from hwmpq.cli import artifact_bench
+    from hwmpq.cli import artifact_bench, artifact_jobs
 
+    artifact_jobs.require(require_signature)
     return artifact_bench.bench_artifact(artifact, rounds, threads, seed, against)
 
 
@@ -107,6 +123,7 @@ def verify(
     limit: Annotated[
         int | None, typer.Option("--eval", metavar="N", min=1, help="Samples of --data; all.")
     ] = None,
+    require_signature: Signed = None,
 ) -> Answer:
     """Replay the golden samples: does it still compute what was built? Needs no torch.
 
@@ -116,4 +133,36 @@ def verify(
     """
     from hwmpq.cli import artifact_jobs
 
+    artifact_jobs.require(require_signature)
     return artifact_jobs.verify_artifact(artifact, data, limit)
+
+
+def keygen(
+    key: Annotated[Path, typer.Argument(metavar="KEY", help="New file for the private key.")],
+) -> Answer:
+    """Make an ed25519 key pair: KEY, to keep secret, and KEY.pub, for those who run artifacts.
+
+    Example: hwmpq artifact keygen release.key
+    """
+    from hwmpq.cli import artifact_jobs
+
+    return artifact_jobs.make_keys(key)
+
+
+def sign(
+    artifact: Artifact,
+    key: Annotated[
+        Path, typer.Option("--key", metavar="KEY", help="File of the private key, PEM.")
+    ],
+) -> Answer:
+    """Sign an artifact: manifest.sig over its manifest, which holds the hashes of all its files.
+
+    Example: hwmpq artifact sign hwmpq-out/artifact --key release.key
+    """
+    from hwmpq.cli import artifact_jobs
+
+    return artifact_jobs.sign_artifact(artifact, key)
+
+
+for _body in (keygen, sign):
+    command(group)(_body)

@@ -1,4 +1,4 @@
-"""devices, devices serve, devices tracker: who can be timed on; offering this machine to others."""
+"""devices, devices setup, serve, tracker: who can be timed on; offering this machine to others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from hwmpq.cli.command import Json, Seed, command
 from hwmpq.cli.output import VERSION, Answer, perform
+from hwmpq.cli.progress import reporter
 from hwmpq.cli.serving import (
     SERVER_PORT,
     SESSION_S,
@@ -130,6 +131,34 @@ def serve(
     return serve_machine(key, tracker, host, port, session_limit, trust_network)
 
 
+def setup(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the new device.")],
+    target: Annotated[
+        str, typer.Option("--target", help="What it is: a target that begins with arm-.")
+    ] = "arm-cortex-a76",
+) -> Answer:
+    """Describe an emulated ARM chip as a device, and fetch what it needs into your cache.
+
+    QEMU's user mode runs the artifacts of its target there: right numbers, and a clear end at an
+    instruction that the chip lacks; seconds there mean nothing and are refused.
+
+    Example: hwmpq devices setup arm-emulated --target arm-cortex-a76
+    """
+    from hwmpq import devices as known
+    from hwmpq import targets as all_targets
+    from hwmpq.measure.emulated import set_up
+    from hwmpq.measure.reach import reach
+
+    with reporter().stage(f"set up {name}", None):
+        found = set_up(name, all_targets.load(target), reporter().note)
+        with reach(found) as worker:
+            features = worker.describe()["features"]
+    told = {"version": VERSION, "device": found.name, "target": found.target,
+            "features": features, "file": str(known.path())}  # fmt: skip
+    lines = [f"{found.name}: {found.target} emulated, with {' '.join(features)}"]
+    return Answer(told, "\n".join([*lines, f"described in {known.path()}"]))
+
+
 def tracker(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0 = any that is free.")] = TRACKER_PORT,
@@ -144,5 +173,6 @@ def tracker(
     return run_tracker(host, port, trust_network)
 
 
+command(group)(setup)
 command(group)(serve)
 command(group)(tracker)

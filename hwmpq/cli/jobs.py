@@ -21,13 +21,13 @@ _SEARCHED = {"infeasible": 3, "timeout": 4, "accuracy": 5}
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    command(app, *shared.JOB, "out", "dry_run", panel=_PANEL)(quantize)
+    command(app, *shared.JOB, *shared.TRAIN, "out", "dry_run", panel=_PANEL)(quantize)
     command(app, *(n for n in shared.JOB if n != "max_drop"), panel=_PANEL)(frontier)
     names = tuple(name for name in shared.JOB if name != "sensitivity")
     command(app, *(n for n in names if n not in shared.GOAL), panel=_PANEL)(sensitivity)
     profiled = (*shared.MODEL, *shared.TARGET, "formats", "pins", "tune", "processes")
     command(app, *profiled, *shared.WORK, panel=_PANEL)(profile)
-    command(app, *shared.JOB, panel=_PANEL)(search)
+    command(app, *shared.JOB, *shared.TRAIN, panel=_PANEL)(search)
     compiled = (*shared.MODEL, *shared.TARGET, *shared.DATA, "store", "out")
     command(app, *compiled, name="compile", panel=_PANEL)(compile_)
     trained = ("target", *(name for name in shared.DATA if name != "loss"), "store", "out")
@@ -150,12 +150,22 @@ def search(
 ) -> Answer:
     """Solve again from what the store knows: another budget costs no new measurement.
 
+    With --method fliqs the plan is searched while the network trains; it and the trained numbers
+    are left in --train-out for `hwmpq compile`. torchrun runs it on several processes.
+
     Example: hwmpq search zoo:digits_cnn --calib-data digits#train --latency 0.6x --explain
     """
+    from hwmpq import methods
     from hwmpq.cli import tables
-    from hwmpq.side_jobs import search_model
+    from hwmpq.side_jobs import search_by_training, search_model
 
-    found = search_model(shared.options(**given), reporter(), explain, problem)
+    job = shared.options(**given)
+    if methods.named(job.method).trained:
+        if explain:
+            raise InputError("--explain", f"with --method {job.method}", "methods that estimate")
+        trained = search_by_training(job, reporter(), problem)
+        return Answer(trained, lambda console: tables.pairs(console, trained))
+    found = search_model(job, reporter(), explain, problem)
     error = found.get("error") or {}
     note = f"error: {error['what']}: {error['got']}" if error else ""
     exit_code = _SEARCHED.get(str(found.get("status")), 0)

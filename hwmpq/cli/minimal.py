@@ -47,7 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         found.add_argument("artifact", metavar="ARTIFACT")
         found.add_argument("--json", action="store_true", help="one JSON object on stdout")
         found.add_argument("--seed", type=int, default=0)
-        found.set_defaults(body=body)
+        found.add_argument("--require-signature", type=Path, metavar="KEY.pub")
+
+        def checked(given: argparse.Namespace) -> Answer:
+            artifact_jobs.require(given.require_signature)
+            return body(given)
+
+        found.set_defaults(body=checked)
         return found
 
     ran = add(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _MODEL, _TARGET, _DATA = "Model and weights", "Where it runs", "Data"
 _GOAL, _SEARCH, _WORK = "What is wanted", "How it is searched", "Work and files"
+_TRAIN = "Methods that train"
 REQUIRED = Parameter.empty
 
 
@@ -133,7 +134,13 @@ TABLE: dict[str, tuple[Any, Any]] = {
         ),
         None,
     ),
-    "method": (_option(str, "--method", _SEARCH, "auto, hawq, lcpaq, clado.", "NAME"), "auto"),
+    "method": (
+        _option(
+            str, "--method", _SEARCH,
+            "auto, hawq, lcpaq, clado, fliqs (trains: hours on CPUs; see --train).", "NAME",
+        ),
+        "auto",
+    ),
     "search": (
         _option(
             str | None, "--search", _SEARCH,
@@ -145,6 +152,31 @@ TABLE: dict[str, tuple[Any, Any]] = {
         _option(
             str | None, "--sensitivity", _SEARCH,
             "Estimator of the loss per layer and format; the method's own.", "NAME",
+        ),
+        None,
+    ),
+    "train_data": (
+        _option(
+            str | None, "--train-data", _TRAIN,
+            "Images that --method fliqs trains on; those of --calib-data without the held-out "
+            "ones.", "DATA",
+        ),
+        None,
+    ),
+    "train": (
+        _option(
+            str | None, "--train", _TRAIN,
+            "Settings of --method fliqs: epochs, steps, batch, rate, clip, distill, augment, "
+            "warmup, delay, policy_rate, quality, cost, entropy, average, decide, separate, "
+            "checkpoint.", "KEY=VALUE,..",
+        ),
+        None,
+    ),
+    "train_out": (
+        _option(
+            str | None, "--train-out", _TRAIN,
+            "Folder of its checkpoints, scalars and plots, where it also goes on; OUT-train.",
+            "DIR",
         ),
         None,
     ),
@@ -187,7 +219,8 @@ DATA = ("data", "calib_data", "calib", "ptq", "eval", "metric", "loss")
 GOAL = ("latency", "max_size", "max_bops", "max_drop")
 CHOICE = ("formats", "pins", "ties", "method", "search", "sensitivity")
 WORK = ("store", "fresh", "max_time")
-#: The whole job: everything but --out and --dry-run.
+TRAIN = ("train_data", "train", "train_out")
+#: The whole job: everything but --out, --dry-run and what only methods that train take.
 JOB = (*MODEL, *TARGET, *DATA, *GOAL, *CHOICE, *WORK)
 
 
@@ -201,6 +234,8 @@ def options(**given: Any) -> Options:
         given["formats"] = tuple(words(given["formats"]))
     if given.get("ptq") is not None:
         given["ptq"] = tuple(step for step in words(given["ptq"]) if step != "none")
+    if "train" in given:
+        given["train"] = tuple(words(given["train"]))
     if "pins" in given:
         given["pins"] = tuple(item for text in given["pins"] or () for item in words(text))
     if "ties" in given:

@@ -138,7 +138,7 @@ class _Rewriter:
         if layer.weight is not None:
             codes = layer.weight.codes
             scales = layer.weight.scale if layer.format.group is not None else None
-        packed = kernel.parameters(layer.workload, codes, layer.epilogue, scales)
+        packed = kernel.parameters(call, codes, layer.epilogue, scales)
         constants = [self._parameter(f"{node.name}.{r}", v) for r, v in packed.items()]
         reads = 1 if layer.weight is not None else 2
         function = self._function(f"{kernel.name}.{kernel.cell(call)}", lambda: kernel.emit(call))

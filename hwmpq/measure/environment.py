@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hwmpq import targets
 from hwmpq.types import digest
 
 _CPU = Path("/sys/devices/system/cpu")
@@ -28,7 +29,7 @@ def hardware() -> dict[str, Any]:
     """The CPU's identity: model, machine, a hash of its instruction-set flags, caches in bytes
     per level (of the first core), cores of the machine. A part of every key."""
     info = _cpuinfo()
-    flags = sorted((info.get("flags") or info.get("Features") or "").split())
+    flags = sorted(targets.cpu_flags())
     parts = ("CPU implementer", "CPU part", "CPU variant")
     model = info.get("model name") or " ".join(info[part] for part in parts if part in info)
     return {

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,10 @@ def outputs(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def replay(payload: Mapping[str, Any]) -> dict[str, Any]:
-    """The golden samples of the "artifact" that was put here: {"first_difference"}."""
+    """The golden samples of the "artifact" that was put here: the fields of `Replay`."""
     from hwmpq import artifact
 
-    found = artifact.replay(_artifact(str(payload["artifact"])))
-    return {"first_difference": found.first_difference}
+    return asdict(artifact.replay(_artifact(str(payload["artifact"]))))
 
 
 @functools.lru_cache(1)

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
+from hwmpq.artifact.golden import Replay
 from hwmpq.devices import Device
 from hwmpq.errors import DeviceError, InputError
 from hwmpq.measure import kit, onsite
@@ -81,6 +83,7 @@ class RemoteWorker(WorkerProcess):
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         if op == "time":
+            self.device.check_times()
             place = self._function("onsite:empty", {})["folder"]
             cells = [self._sent(cell, place) for cell in payload["cells"]]
             payload = {**payload, "cells": cells}
@@ -152,11 +155,13 @@ class RemoteArtifact:
                 progress(len(part))
         return np.concatenate(rows)
 
-    def first_difference(self) -> str:
-        """The first tensor of the golden samples that comes out otherwise there, or ''."""
-        return str(
-            self._worker._function("onsite:replay", {"artifact": self._name})["first_difference"]
-        )
+    def replay(self) -> Replay:
+        """The golden samples, run there. Raises DeviceError for an answer that cannot be one."""
+        found = self._worker._function("onsite:replay", {"artifact": self._name})
+        try:
+            return TypeAdapter(Replay).validate_python(found)
+        except ValidationError as error:
+            raise DeviceError("replay of the golden samples", error) from None
 
     def _outputs(self, images: NDArray[Any]) -> NDArray[Any]:
         packed = io.BytesIO()

@@ -149,7 +149,7 @@ def _load_whole(cell: Cell) -> tuple[Callable[[], object], dict[str, Any]]:
         return call, {"description": description}
     from hwmpq.artifact import load  # type: ignore[import-not-found,unused-ignore]
 
-    artifact = load(cell.path)
+    artifact = load(cell.path, threads=int(os.environ["TVM_NUM_THREADS"]))
     inputs = (cell.input,) if cell.input else ()
     function: Callable[[], object] = artifact.bench_callable(*inputs)
     return function, {}

@@ -4,16 +4,18 @@ The interpreter's operators are torch's own: their polynomials and orders of sum
 choosing. Here every step is the step of `hwmpq.kernels.glue` (`vmath`, `rows`, `mean`, `pool`),
 with its constants. torch rounds each of its fp32 operations on its own, as the kernels do.
 
-A fused multiply-add is fp64: the product of two fp32 numbers is exact there; the sum is rounded to
-fp64 and then to fp32. This differs from the one rounding of the hardware only where the fp64 sum
-was inexact and came to lie on the middle between two fp32 numbers: about once in 2^29 operations,
-by one unit in the last place.
+A fused multiply-add is torch's own `addcmul` where that rounds once. No torch function promises it,
+but its builds by GCC for x86 do; `fuses` asks the one at hand. Elsewhere it is fp64: the product of
+two fp32 numbers is exact there; the sum is rounded to fp64 and then to fp32. This differs from the
+one rounding of the hardware only where the fp64 sum was inexact and came to lie on the middle
+between two fp32 numbers: about once in 2^29 operations, by one unit in the last place.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ def encoded(node: Node, args: Sequence[Tensor], param: Param, out: tuple[str, Qu
     """The result of a glue node as fp32-held codes of an integer encoding.
 
     Where torch's own value is not next to the middle of two codes, its code is the code: only the
-    others (of a softmax: their rows) are computed step by step, which takes twenty times as long.
+    others (of a softmax: their rows) are computed step by step, which takes longer.
     """
     encoding, q = encoding_named(out[0]), out[1]
 
@@ -78,9 +80,29 @@ def encoded(node: Node, args: Sequence[Tensor], param: Param, out: tuple[str, Qu
     return found
 
 
-def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a · b + c, rounded once (see above)."""
-    return torch.addcmul(c.double(), a.double(), b.double()).float()
+def fma(a: Tensor | float, b: Tensor, c: Tensor | float, out: Tensor | None = None) -> Tensor:
+    """a · b + c, rounded once (see above). Plain numbers are fp32 numbers; out may be a, b or c."""
+    if not fuses():
+        found = (b.double() * a + c).float()
+        return found if out is None else out.copy_(found)
+    c = c if isinstance(c, Tensor) else _scalar(c)
+    if isinstance(a, Tensor):
+        return torch.addcmul(c, a, b, out=out)
+    return torch.add(c, b, alpha=a, out=out)
+
+
+@cache
+def fuses() -> bool:
+    """Whether torch's fp32 `addcmul` and `add` with a factor round once, as compiled for this
+    processor: in whole vectors and in what is left behind them."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (*range(1, 80), 4096):
+        x, y, z = torch.randn(3, size, generator=generator)
+        found = torch.addcmul(z, x, y), torch.add(z[0], x, alpha=float(y[0]))
+        exact = x.double() * y + z, x.double() * y[0] + z[0]
+        if any(not torch.equal(f, e.float()) for f, e in zip(found, exact, strict=True)):
+            return False
+    return True
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -89,30 +111,31 @@ def sqrt(x: Tensor) -> Tensor:
     return x.double().sqrt().float()
 
 
-def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+def polynomial(x: Tensor, square: Tensor, coefficients: Sequence[float]) -> Tensor:
     """Highest power first: pairs a·x + b, then Horner in x², each a fused multiply-add."""
-    x64, square = x.double(), (x * x).double()
-
-    def pair(a: float, b: float) -> Tensor:
-        """Rounded to fp32."""
-        return torch.addcmul(x64.new_tensor(_f32(b)), x64, x64.new_tensor(_f32(a))).float()
-
-    rest = iter(coefficients)
-    if len(coefficients) % 2:
+    numbers = [_f32(value) for value in coefficients]
+    rest = iter(numbers)
+    if len(numbers) % 2:
         y = torch.full_like(x, next(rest))
     else:
-        y = pair(next(rest), next(rest))
+        y = fma(next(rest), x, next(rest))
     for a, b in zip(rest, rest, strict=True):
-        y = torch.addcmul(pair(a, b).double(), y.double(), square).float()
+        pair = fma(a, x, b)
+        y = fma(y, square, pair, out=pair)
     return y
 
 
 def exp(x: Tensor) -> Tensor:
-    x = x.clamp(*(_f32(bound) for bound in vmath.EXP_RANGE))
+    return exp_within(x.clamp(*(_f32(bound) for bound in vmath.EXP_RANGE)))
+
+
+def exp_within(x: Tensor) -> Tensor:
+    """e^x for x in EXP_RANGE."""
     k = (x * _f32(vmath.LOG2_E)).round_()
-    r = x.sub_(k, alpha=vmath.LN2[0])  # an exact product: fused or not is the same
-    r = r.double().sub_(k.double(), alpha=_f32(vmath.LN2[1])).float()
-    y = fma(polynomial(r, vmath.EXP), r * r, r).add_(1.0)
+    r = x.sub(k, alpha=vmath.LN2[0])  # an exact product: fused or not is the same
+    r = fma(-_f32(vmath.LN2[1]), k, r, out=r)
+    square = r * r
+    y = fma(polynomial(r, square, vmath.EXP), square, r, out=r).add_(1.0)
     y.view(torch.int32).add_(k.int(), alpha=1 << 23)  # y · 2^k, which is a normal number
     return y
 
@@ -122,8 +145,9 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    t = torch.minimum(x, -x).clamp(min=vmath.TAIL_END)
-    return fma(t, exp(polynomial(t, vmath.TAIL)), x.clamp(min=0.0))
+    t = torch.minimum(x, -x).clamp_(min=vmath.TAIL_END)
+    above = x.clamp(min=0.0)
+    return fma(t, exp_within(polynomial(t, t * t, vmath.TAIL)), above, out=above)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -135,7 +159,9 @@ def tanh(x: Tensor) -> Tensor:
     one = _f32(vmath.TANH_ONE)
     x = x.clamp(-one, one)
     square = x * x
-    return x * polynomial(square, vmath.TANH_ABOVE) / polynomial(square, vmath.TANH_BELOW)
+    fourth = square * square
+    above = x * polynomial(square, fourth, vmath.TANH_ABOVE)
+    return above / polynomial(square, fourth, vmath.TANH_BELOW)
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
@@ -167,8 +193,9 @@ def _row_sums(x: Tensor) -> Tensor:
 
 def softmax(x: Tensor) -> Tensor:
     """Over the last axis."""
-    shares = exp(x - x.amax(-1, keepdim=True))
-    return shares * (1.0 / _row_sums(shares))
+    distance = x - x.amax(-1, keepdim=True)
+    shares = exp_within(distance.clamp_(min=_f32(vmath.EXP_RANGE[0])))
+    return shares.mul_(1.0 / _row_sums(shares))
 
 
 def _softmax(node: Node, args: Sequence[Tensor], param: Param) -> Tensor:
@@ -239,6 +266,12 @@ OPS: dict[str, Op] = {
     "mean": _mean,
     "avg_pool2d": _avg_pool2d,
 }
+
+
+@cache
+def _scalar(value: float) -> Tensor:
+    """As a tensor, which takes longer to make than to add to thousands of elements."""
+    return torch.tensor(value)
 
 
 def _f32(value: float) -> float:

@@ -10,6 +10,7 @@ search_model       one plan from what the store knows; measures and writes nothi
 compile_model      an artifact from an assignment
 sample_cells       seconds of shapes like those of the zoo, for a cost model
 finetune_model     an assignment trained for what it rounds
+search_by_training one plan by a method that trains
 """
 
 from hwmpq.side_jobs.compile import compile_model
@@ -20,6 +21,7 @@ from hwmpq.side_jobs.frontier import frontier_model
 from hwmpq.side_jobs.inspect import inspect_model
 from hwmpq.side_jobs.sample import sample_cells
 from hwmpq.side_jobs.search import search_model
+from hwmpq.side_jobs.search_trained import search_by_training
 
 __all__ = [
     "bundle_model",
@@ -30,6 +32,7 @@ __all__ = [
     "inspect_model",
     "profile_model",
     "sample_cells",
+    "search_by_training",
     "search_model",
     "sensitivity_model",
 ]

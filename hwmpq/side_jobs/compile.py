@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from hwmpq import artifact
-from hwmpq.artifact.folder import is_ours, read_manifest
+from hwmpq import targets
+from hwmpq.artifact import golden, read_manifest
+from hwmpq.artifact.folder import is_ours
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import format_named
 from hwmpq.kernels import why_not
@@ -29,6 +30,7 @@ from hwmpq.stages.job import (
 )
 from hwmpq.stages.menu import make_menu
 from hwmpq.stages.refine import refine
+from hwmpq.stages.verify import replayed, running
 from hwmpq.types import Assignment
 
 
@@ -40,7 +42,8 @@ def compile_model(
 ) -> dict[str, Any]:
     """An artifact in options.out from an assignment, replayed on its golden samples.
 
-    quantizers: a file of an earlier artifact; without it they are calibrated on --calib-data.
+    quantizers: a file of an earlier artifact; without it they are calibrated on --calib-data. For
+    another kind of machine, and with no device of that kind, it is not run: "parity" is None.
     Raises InputError naming every layer that is missing or cannot run in its format.
     """
     out = Path(options.out)
@@ -49,7 +52,8 @@ def compile_model(
             "the output folder holds something else", out, "a new folder or an artifact",
             "Choose another --out.",
         )  # fmt: skip
-    job = open_job(options, progress or Silent())
+    here = options.device != "local" or not _elsewhere(options.target)
+    job = open_job(options, progress or Silent(), here=here, timed=False)
     with job.store:
         chosen = checked(job, assignment)
         images = load_images(job) if options.data or options.calib_data or not quantizers else None
@@ -61,8 +65,13 @@ def compile_model(
             numbers = refine(job, images, chosen, calibrate(job, images, menu))
         with job.progress.stage("compile", None):
             made = make_artifact(job, chosen, numbers, out, _samples(job, images))
-        replayed = artifact.replay(artifact.load(out))
-    manifest = read_manifest(out, check=False)
+        parity = None
+        if here:
+            with running(job, out) as loaded:
+                parity = asdict(replayed(loaded))
+        else:
+            job.progress.note(f"not run: this machine is none for {job.target.name}")
+    manifest = read_manifest(out)
     return {
         "version": 1, "artifact": str(out), "model": options.model, "target": job.target.name,
         "threads": options.threads, "assignment": made.assignment, "kernels": manifest["kernels"],
@@ -71,8 +80,13 @@ def compile_model(
             "artifact": sum(path.stat().st_size for path in out.iterdir()),
             "peak_memory": manifest["nbytes"]["peak_memory"],
         },
-        "parity": asdict(replayed),
+        "parity": parity,
     }  # fmt: skip
+
+
+def _elsewhere(name: str) -> bool:
+    """Is that a target of another kind of machine?"""
+    return name != "native" and targets.load(name).foreign
 
 
 def checked(job: Job, assignment: Mapping[str, str]) -> Assignment:
@@ -117,7 +131,7 @@ def _fitting(job: Job, quantizers: Quantizers, assignment: Assignment) -> Quanti
 
 def _samples(job: Job, images: Images | None) -> np.ndarray:
     """Inputs for golden samples: images where there are any, else seeded noise."""
-    count = artifact.golden.SAMPLES
+    count = golden.SAMPLES
     if images is not None:
         return images.calib.batch(range(min(count, len(images.calib))))
     shape = (count, *input_shape(job.graph)[1:])

@@ -79,7 +79,7 @@ def finetune_model(
             "version": 1, "quantizers": str(out / "quantizers.safetensors"),
             "assignment": str(out / "assignment.json"), "settings": asdict(settings),
             "images": len(images.pool), "loss": trained.loss, "seconds": trained.seconds,
-            "accuracy": _accuracies(job, chosen, {"before": start, "after": trained.quantizers},
+            "accuracy": accuracies(job, chosen, {"before": start, "after": trained.quantizers},
                                     images.test),
         }  # fmt: skip
         write_json(out / "finetune.json", found)
@@ -97,7 +97,7 @@ def _settings(training: Training, images: int, seed: int) -> Settings:
     )
 
 
-def _accuracies(
+def accuracies(
     job: Job, assignment: Mapping[str, str], numbers: Mapping[str, Quantizers], test: Any
 ) -> dict[str, Any]:
     """Float's and each quantizers' score in the exact simulator, and the drops."""

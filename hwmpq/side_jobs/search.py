@@ -66,13 +66,10 @@ def search_model(
     with job.store:
         images = load_images(job)
         menu = make_menu(job.network, job.target, options.formats, options.pins, options.ties)
-        facts = imported.fill_in(job, profile(job, menu, measure=False))
-        facts = fill_in(job, menu, facts)
-        overhead, speed = job.store.fact("overhead", overhead_key(job)) or (0.0, 1.0)
-        facts = replace(facts, overhead_s=overhead, speed=speed)
+        facts = known_latencies(job, menu)
         loss = _known_losses(job, images, menu)
-        seconds = _limit_of_prices(job, menu, facts, limit)
-        problem = within(_problem(job, menu, loss, facts), seconds)
+        seconds = limit_of_prices(job, menu, facts, limit)
+        problem = within(priced_problem(job, menu, loss, facts), seconds)
         if limit is not None and limit.fastest and options.max_drop is None:
             problem = replace(problem, minimize="latency_s")
         if save:
@@ -109,6 +106,14 @@ def search_model(
     return told | drop | found
 
 
+def known_latencies(job: Job, menu: Menu) -> LatencyFacts:
+    """Times that were measured, imported or can be predicted, with the overhead last fitted."""
+    facts = imported.fill_in(job, profile(job, menu, measure=False))
+    facts = fill_in(job, menu, facts)
+    overhead, speed = job.store.fact("overhead", overhead_key(job)) or (0.0, 1.0)
+    return replace(facts, overhead_s=overhead, speed=speed)
+
+
 def _known_losses(job: Job, images: Images, menu: Menu) -> Sensitivity:
     """Raises InputError when the store has no loss of any format but fp32."""
     loss = stored_sensitivities(job, images, menu)
@@ -121,7 +126,7 @@ def _known_losses(job: Job, images: Images, menu: Menu) -> Sensitivity:
     return loss
 
 
-def _limit_of_prices(
+def limit_of_prices(
     job: Job, menu: Menu, facts: LatencyFacts, limit: budgets.Latency | None
 ) -> float | None:
     """The latency budget in seconds. Raises InputError when its reference has no known price."""
@@ -138,7 +143,7 @@ def _limit_of_prices(
     return limit.ratio * whole
 
 
-def _problem(job: Job, menu: Menu, loss: Sensitivity, facts: LatencyFacts) -> Problem:
+def priced_problem(job: Job, menu: Menu, loss: Sensitivity, facts: LatencyFacts) -> Problem:
     """Raises InputError when what every plan needs was never measured."""
     found = table(job, menu, facts)
     if not np.isfinite(found.fixed_s):

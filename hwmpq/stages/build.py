@@ -16,6 +16,7 @@ from hwmpq.artifact.golden import SAMPLES, checksum
 from hwmpq.formats import format_named
 from hwmpq.graph import Graph
 from hwmpq.kernels import Kernel, best
+from hwmpq.kernels.build import export
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.lower.layout import NHWC, layouts
 from hwmpq.quantizers import Quantizers
@@ -97,7 +98,7 @@ def make_artifact(
         folder,
         manifest,
         {
-            "model.so": lambda p: _export(built.executable, p),
+            "model.so": lambda p: export(built.executable, p, job.target),
             "parameters.safetensors": lambda p: tensors.save(p, built.parameters),
             "golden.safetensors": lambda p: tensors.save(p, golden, checks),
             "assignment.json": lambda p: write_json(p, assignment),
@@ -105,10 +106,6 @@ def make_artifact(
         },
     )
     return Made(folder, dict(assignment), weight_bytes)
-
-
-def _export(executable: Any, path: Path) -> None:
-    executable.export_library(str(path))
 
 
 def _described(job: Job, name: str) -> dict[str, Any]:

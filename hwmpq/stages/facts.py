@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: time in proportion.
 SENSITIVITY_IMAGES, SENSITIVITY_LARGE = 64, 32
 #: Part of the sensitivities' keys: raise it when an estimator or the simulator changes.
-SENSITIVITY_VERSION = 3
+SENSITIVITY_VERSION = 4
 #: How activations are calibrated where nothing else is asked.
 RANGES: Final = "mse"
 PERCENTILE: Final = 99.99

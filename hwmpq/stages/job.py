@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwmpq import data, devices, targets, toolchain
 from hwmpq.data import DataSet
@@ -29,6 +30,9 @@ HOLDOUT, HOLDOUT_LARGE = 512, 256
 JURY = 1024
 #: Post-training quantization where nothing is asked: cheap, and MobileNetV2 in w6a8 needs it.
 PTQ = ("bias",)
+
+
+IndexArray = NDArray[np.intp]
 
 
 class Progress(Protocol):
@@ -84,6 +88,9 @@ class Options:
     out: str = "hwmpq-out"
     fresh: bool = False
     max_time: float | None = None
+    train_data: str | None = None
+    train: tuple[str, ...] = ()
+    train_out: str | None = None
     tune: int = 0
     processes: int = 1
     dry_run: bool = False
@@ -93,12 +100,14 @@ class Options:
 class Images:
     """calib: for ranges and sensitivities; holdout: for choosing among candidates; jury: the
     holdout and more behind it, for judging drops; pool: all that these come from, for training;
-    test: for the reported accuracy only; split: how they were made, in words."""
+    held: which of the pool are the holdout; test: for the reported accuracy only; split: how they
+    were made, in words."""
 
     calib: DataSet
     holdout: DataSet
     jury: DataSet
     pool: DataSet
+    held: IndexArray
     test: DataSet
     split: str
 
@@ -163,11 +172,13 @@ def solver_of(o: Options) -> str:
     return o.search or "ilp"
 
 
-def open_job(options: Options, progress: Progress, model: Any = None, here: bool = True) -> Job:
+def open_job(
+    options: Options, progress: Progress, model: Any = None, here: bool = True, timed: bool = True
+) -> Job:
     """Load and trace the model, resolve target and device, open the store.
 
     model: a LoadedModel instead of the one that the options name. here: must the target be one
-    that this machine can run? Raises the errors of each part;
+    that the device can run? timed: are times taken there? Raises the errors of each part;
     nothing has been written by then but an empty store.
     """
     from hwmpq.frontend.model import load_model
@@ -176,6 +187,8 @@ def open_job(options: Options, progress: Progress, model: Any = None, here: bool
     check_options(options)
     device = devices.load(options.device)
     target = _target(options.target, device)
+    if here and timed:
+        device.check_times()
     machine = _machine(device, target) if here else fingerprint()
     weights = Path(options.weights) if options.weights else None
     with progress.stage("trace", None):
@@ -218,7 +231,10 @@ def _machine(device: Device, target: Target) -> str:
         where = f"device {device.name}" if device.remote else "this machine"
         raise InputError(
             f"{where} cannot run target {target.name}", f"no {', '.join(missing)}", able,
-            "Use another target, or a device that has the features.",
+            f"Use another target, or a device that has the features: {devices.path()}."
+            if not target.foreign
+            else "Times need a chip of that kind: describe a board in "
+            f"{devices.path()} and give --device. `hwmpq compile` needs none.",
         )  # fmt: skip
     return name
 
@@ -294,4 +310,20 @@ def divide(source: DataSet, test: DataSet | None, o: Options) -> Images:
     if o.eval is not None and o.eval < len(test):
         pick = np.sort(np.random.default_rng(o.seed).permutation(len(test))[: o.eval])
         test = test.subset(pick, f"{test.name} [{o.eval} of them]")
-    return Images(calib, holdout, jury, source, test, words)
+    return Images(calib, holdout, jury, source, held, test, words)
+
+
+def training_images(job: Job, images: Images) -> DataSet:
+    """--train-data; else those for calibration without the held-out ones. Raises InputError."""
+    o = job.options
+    if o.train_data not in (None, o.calib_data):
+        return data.load(
+            o.train_data, job.model.normalization, input_shape(job.graph), classes(job)
+        )
+    rest = np.setdiff1d(np.arange(len(images.pool)), images.held)
+    return images.pool.subset(rest, f"{images.pool.name} [{len(rest)} to train on]")
+
+
+def train_folder(o: Options) -> str:
+    """Where a method that trains keeps its run: beside --out, which is replaced as a whole."""
+    return o.train_out or f"{o.out.rstrip('/')}-train"

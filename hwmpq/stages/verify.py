@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hwmpq import artifact, targets
+from hwmpq.artifact.golden import Replay
 from hwmpq.data import DataSet
 from hwmpq.measure.remote import RemoteArtifact, RemoteWorker
 from hwmpq.quantizers import Quantizers
@@ -154,6 +155,11 @@ def running(job: Job, folder: Path) -> Iterator[artifact.Artifact | RemoteArtifa
         yield artifact.load(folder)
 
 
+def replayed(loaded: artifact.Artifact | RemoteArtifact) -> Replay:
+    """The golden samples, run where the artifact is."""
+    return loaded.replay() if isinstance(loaded, RemoteArtifact) else artifact.replay(loaded)
+
+
 def deployed_outputs(job: Job, folder: Path, data: DataSet, what: str) -> np.ndarray:
     """The artifact's outputs on a data set."""
     rows = []
@@ -209,10 +215,7 @@ def measure_accuracy(
     flat = deployed[picked].reshape(count, -1)
     agreement = 100.0 * float((ours.reshape(count, -1).argmax(1) == flat.argmax(1)).mean())
     with running(job, folder) as loaded:
-        if isinstance(loaded, RemoteArtifact):
-            difference = loaded.first_difference()
-        else:
-            difference = artifact.replay(loaded).first_difference
+        difference = replayed(loaded).first_difference
     return Accuracy(
         found.metric, found.float, float(simulated_score), found.simulated, found.n, found.drop,
         found.drop_interval, agreement,

@@ -64,7 +64,28 @@ def test_the_order_of_a_sum() -> None:
     assert torch.equal(exact_math.summed(x[:1]), x[0])
 
 
-def test_a_fused_multiply_add_is_rounded_once() -> None:
+def test_both_ways_of_a_fused_multiply_add_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own where it rounds once, and fp64 elsewhere."""
+    x = 3 * torch.randn(2**14 + 5, generator=torch.Generator().manual_seed(4))
+    x[:4] = torch.tensor([0.0, -0.0, math.inf, -math.inf])
+    functions = (
+        exact_math.gelu,
+        exact_math.gelu_tanh,
+        exact_math.sigmoid,
+        exact_math.tanh,
+        lambda x: exact_math.softmax(x[5:].reshape(-1, 64)),
+    )
+    here = [function(x) for function in functions]
+    monkeypatch.setattr(exact_math, "fuses", lambda: False)
+    assert all(torch.equal(a, function(x)) for a, function in zip(here, functions, strict=True))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_fused_multiply_add_is_rounded_once(
+    fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fused is not None:
+        monkeypatch.setattr(exact_math, "fuses", lambda: fused)
     a = torch.tensor([1 + 2**-12, 3.0, 1e30], dtype=torch.float32)
     c = torch.tensor([-1.0, -9.0, 1.0], dtype=torch.float32)
     fused = exact_math.fma(a, a, c)

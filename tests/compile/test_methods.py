@@ -20,7 +20,7 @@ from hwmpq.formats import format_named
 from hwmpq.measure.store import Store
 from hwmpq.methods import lcpaq, proxy
 from hwmpq.methods.nearby import neighbours
-from hwmpq.methods.study import Setting, Study
+from hwmpq.methods.study import Study
 from hwmpq.search import solve
 from hwmpq.search.evaluate import choice_of, evaluate, index_of, within
 from hwmpq.stages.choose import make_problem
@@ -109,15 +109,17 @@ def posed(job: Job, facts: Facts, ratio: float = 0.17, **options: Any) -> tuple[
 
 
 @pytest.mark.parametrize("name", methods.names())
-def test_a_legal_plan_within_the_budget(job: Job, facts: Facts, name: str) -> None:
-    study, problem = posed(job, facts, method=name)
+def test_a_legal_plan_within_the_budget(job: Job, facts: Facts, name: str, tmp_path: Path) -> None:
+    training: dict[str, Any] = {"train": ("steps=30", "batch=32"), "train_out": str(tmp_path)}
+    trains = methods.named(name).trained is not None
+    study, problem = posed(job, facts, method=name, **(training if trains else {}))
     found = methods.choose(study, problem)
     assert problem.legal is not None
     index = index_of(problem, found.solution.choice)
     assert problem.legal[np.arange(len(index)), index].all()
     assert within(problem, evaluate(problem, index))
-    setting = Setting(**found.told.get("setting", {}))
-    assert found.told["measured_loss"] == study.judge(found.solution.choice, setting).loss
+    judged = study.judge_with(found.solution.choice, found.quantizers)
+    assert found.told["measured_loss"] == judged
     for layer, fmt in found.solution.choice.items():
         assert found.quantizers.weight(layer, fmt)
     with pytest.raises(InfeasibleError, match="The fastest plan is"):
@@ -290,13 +292,19 @@ def test_the_best_setting_is_not_worse_than_the_default(job: Job, facts: Facts) 
 # names
 
 
-@pytest.mark.parametrize("name", ["fliqs", "fliqs-nas"])
-def test_what_is_not_in_this_version_says_so(name: str) -> None:
-    with pytest.raises(UnknownName, match=f"{name} is not implemented in this version"):
-        methods.settle(Options("m", method=name))
+def test_what_is_not_in_this_version_says_so() -> None:
+    with pytest.raises(UnknownName, match="fliqs-nas is not implemented in this version"):
+        methods.settle(Options("m", method="fliqs-nas"))
+
+
+def test_only_methods_that_train_take_training() -> None:
+    with pytest.raises(InputError, match="--train-out of the method hawq; allowed: fliqs"):
+        methods.settle(Options("m", method="hawq", train=("steps=3",)))
+    with pytest.raises(InputError, match=r"--train steps: got 'x'; allowed: int"):
+        methods.settle(Options("m", method="fliqs", train=("steps=x",)))
 
 
 def test_an_unknown_method() -> None:
     with pytest.raises(UnknownName, match=r"unknown method: got 'hawk'.*Nearest: hawq"):
         methods.settle(Options("m", method="hawk"))
-    assert {"auto", "hawq", "lcpaq", "clado"} <= set(methods.names())
+    assert {"auto", "hawq", "lcpaq", "clado", "fliqs"} <= set(methods.names())

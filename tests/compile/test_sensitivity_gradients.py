@@ -104,6 +104,33 @@ def test_hutchinson_gives_the_exact_traces(case: tuple[Graph, Quantizers, Tensor
     assert abs(values.mean() - exact["head", 0]) < 3.5 * error
 
 
+def test_piecewise_linear_nets_need_plain_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways estimate the same traces; without products of layers there is less noise."""
+    rng = np.random.default_rng(3)
+    w = {n: rng.normal(0, 0.5, (6, 6)).astype(np.float32) for n in ("first.w", "last.w")}
+    nodes = (
+        Node("first", "linear", ("x",), {"act": "relu"}, {"weight": "first.w"}),
+        Node("sum", "add", ("first", "x")),
+        Node("last", "linear", ("sum",), {}, {"weight": "last.w"}),
+    )
+    graph = Graph(("x",), ("last",), nodes, dict.fromkeys(("x", "first", "sum", "last"), (1, 6)), w)
+    x = torch.randn(SAMPLES, 6, generator=torch.Generator().manual_seed(0))
+    task = Task(
+        graph, Quantizers(), {"x": x}, torch.arange(SAMPLES) % 4, ("first", "last"), ("w4a4",),
+        np.ones((2, 1), bool), None, lambda item: None, None, None, 5, 0, LOSSES["cross-entropy"],
+    )  # fmt: skip
+    assert hessian_trace.piecewise_linear(task)
+    assert not hessian_trace.piecewise_linear(replace(task, graph=net()))
+    linear = hessian_trace.hutchinson(task)
+    monkeypatch.setattr(hessian_trace, "piecewise_linear", lambda task: False)
+    monkeypatch.setattr(hessian_trace, "LEAST", 64)
+    for place, values in hessian_trace.hutchinson(task).items():
+        own = linear[place]
+        error = np.hypot(*(v.std(ddof=1) / len(v) ** 0.5 for v in (values, own)))
+        assert abs(values.mean() - own.mean()) < 3.5 * error, place
+        assert own.std() < values.std() and (own > 0).all()
+
+
 def test_the_estimate_is_trace_times_error(case: tuple[Graph, Quantizers, Tensor, Tensor]) -> None:
     graph, quantizers, x, labels = case
     exact = exact_traces(graph, x, labels)

@@ -22,12 +22,18 @@ COMMANDS = [
     *("quantize", "frontier", "inspect", "sensitivity", "profile", "search", "solve", "compile"),
     "finetune",
     *("run", "bench", "verify", "targets", "doctor", "report"),
-    *("devices", "devices serve", "devices tracker"),
-    *("target probe", "target check"),
-    *("cost-model sample", "cost-model train", "cost-model eval", "cost-model predict"),
+    *("devices", "devices setup", "devices serve", "devices tracker"),
+    *(
+        "target probe",
+        "target check",
+        "cost-model sample",
+        "cost-model train",
+        "cost-model eval",
+        "cost-model predict",
+    ),
     *("store ls", "store path", "store export", "store import", "store prune"),
     *("store merge", "store remove"),
-    "store compare",
+    *("store compare", "artifact keygen", "artifact sign"),
 ]
 PROBLEM = {
     "version": 1,
@@ -96,6 +102,7 @@ REFUSED = {
     "cost-model predict": "zoo:none --target none", "store compare": "none-a none-b",
     "store import": "none.jsonl", "store export": "a.jsonl --store none/none",
     **dict.fromkeys(("store ls", "store prune"), "--store none/none"),
+    "artifact keygen": "none", "artifact sign": "none --key none",
     "store merge": "a.sqlite none-b", "store remove": "x --store none/none",
     "devices serve": "--key k --host 0.0.0.0", "devices tracker": "--host 0.0.0.0",
 }  # fmt: skip

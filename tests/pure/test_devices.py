@@ -71,6 +71,21 @@ def test_another_machine_is_refused(file: Path) -> None:
     Device("any").recognize("whatever")
 
 
+def test_a_device_is_appended(file: Path) -> None:
+    file.write_text("version = 1\n")
+    board = Device("a", "ssh", address="me@b", cores=(1, 2), fingerprint='x"y')
+    chip = Device("b", "exec", prefix=("qemu", "-cpu"), emulated=True)
+    for device in (board, chip):
+        devices.append(device)
+    assert devices.load_all() == {"local": Device("local"), "a": board, "b": chip}
+
+
+def test_seconds_of_an_emulator_are_refused() -> None:
+    Device("local").check_times()
+    with pytest.raises(InputError, match=r"times of an emulated device: got e; .*describe a board"):
+        Device("e", "exec", prefix=("qemu",), emulated=True).check_times()
+
+
 def test_unknown_device_names_the_nearest(file: Path) -> None:
     file.write_text("version = 1\n[devices.bench-box]\n")
     with pytest.raises(UnknownName, match=r"unknown device: got 'benchbox'.*Nearest: bench-box"):

@@ -25,6 +25,7 @@ HEAVY = {
     "torch", "tvm", "tvm_ffi", "xgboost", "ortools", "scipy", "sklearn", "sqlalchemy", "plotly",
     "jinja2", "PIL", "typer", "rich", "ray", "onnx", "onnxruntime", "openvino", "timm",
     "torchvision", "optuna", "clarabel", "piqp", "osqp", "threadpoolctl", "pyarrow",
+    "cryptography",
 }  # fmt: skip
 
 
@@ -79,7 +80,9 @@ RULES = {
     ),
     "predict": Rule(KERNELS | {"measure.store"}, heavy=words("xgboost")),
     "search": Rule(FOUNDATION, heavy=words("scipy ortools"), inside=words("threadpoolctl")),
-    "artifact": Rule(FOUNDATION | {"tensors"}, heavy=words("tvm tvm_ffi")),
+    "artifact": Rule(
+        FOUNDATION | {"tensors"}, heavy=words("tvm tvm_ffi"), inside=words("cryptography")
+    ),
     "lower": Rule(KERNELS | {"artifact"}, heavy=words("tvm tvm_ffi")),
     "export": Rule(KERNELS, inside=words("torch onnx")),
     # programs to be timed beside ours; the worker finds them by name, so measure needs no edge

@@ -177,7 +177,7 @@ def test_legality_and_operands_need_no_tvm() -> None:
         "call = case.call\n"
         "kernel = kernel_named(case.kernel, call.workload, call.format, features)\n"
         "sample = draw(call, 0)\n"
-        "kernel.parameters(call.workload, sample.weight, sample.epilogue)\n"
+        "kernel.parameters(call, sample.weight, sample.epilogue)\n"
         "kernel.cell(call), kernel.schedule(call), kernel.execution(call.format)\n"
         "why_not(call.workload, call.format, frozenset())\n"
         "assert not {'tvm', 'tvm_ffi', 'torch'} & set(sys.modules)\n"
