@@ -33,7 +33,7 @@ Prior = Annotated[
     typer.Option(
         "--prior",
         metavar="TARGET|DIR",
-        help="Another target's cost model to start from: then 10 to 200 rows are enough.",
+        help="Another target's cost model to start from; `eval --split S5` tells whether it helps.",
     ),
 ]
 

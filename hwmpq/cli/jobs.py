@@ -172,15 +172,18 @@ def search(
     return Answer(found, lambda console: tables.searched(console, found, explain), exit_code, note)
 
 
+AssignmentFile = Annotated[
+    Path,
+    typer.Option(
+        "--assignment",
+        metavar="F",
+        help="JSON {layer: format}, or a result.json or manifest.json that holds one.",
+    ),
+]
+
+
 def compile_(
-    assignment: Annotated[
-        Path,
-        typer.Option(
-            "--assignment",
-            metavar="F",
-            help="JSON {layer: format}, or a result.json or manifest.json that holds one.",
-        ),
-    ],
+    assignment: AssignmentFile,
     quantizers: Annotated[
         Path | None,
         typer.Option(
@@ -205,14 +208,7 @@ def compile_(
 
 
 def finetune(
-    assignment: Annotated[
-        Path,
-        typer.Option(
-            "--assignment",
-            metavar="F",
-            help="JSON {layer: format}, or a result.json or manifest.json that holds one.",
-        ),
-    ],
+    assignment: AssignmentFile,
     epochs: Annotated[
         float, typer.Option("--epochs", metavar="N", help="Over the images; may be 0.1.")
     ] = 1.0,

@@ -121,6 +121,21 @@ class Micro(ABC):
 
 
 @dataclass(frozen=True)
+class IntegerMicro(Micro):
+    """One that sums products of integers exactly: activations of 8 bits, weights as multiplied."""
+
+    def why_not(self, fmt: Format) -> str | None:
+        if not fmt.is_integer:
+            return f"{self.name} multiplies integers, {fmt.name} is not"
+        if fmt.activation.bits > 8 or fmt.weight.bits > 8 * BYTES[self.w_dtype]:
+            return f"{self.name} takes activations of at most 8 bits, and {self.w_dtype} weights"
+        return None
+
+    def execution(self, fmt: Format) -> Execution:
+        return "native" if self.w_dtype == "int8" and fmt.weight.bits == 8 else "storage-only"
+
+
+@dataclass(frozen=True)
 class TileMicro(Micro):
     """One that also multiplies tiles: rows of activations by `lanes` channels, many steps at once.
 

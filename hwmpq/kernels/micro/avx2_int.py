@@ -13,27 +13,12 @@ from dataclasses import dataclass
 
 from hwmpq.formats import Format
 from hwmpq.kernels.ir import IR, Expr
-from hwmpq.kernels.micro import Micro
-from hwmpq.types import Execution
-
-
-def _integer_why_not(name: str, fmt: Format) -> str | None:
-    if not fmt.is_integer:
-        return f"{name} multiplies integers, {fmt.name} is not"
-    if fmt.activation.bits > 8:
-        return f"{name} takes activations of at most 8 bits"
-    return None
+from hwmpq.kernels.micro import IntegerMicro
 
 
 @dataclass(frozen=True)
-class MaddWords(Micro):
+class MaddWords(IntegerMicro):
     """int16 × int16 pairs into int32."""
-
-    def why_not(self, fmt: Format) -> str | None:
-        return _integer_why_not(self.name, fmt)
-
-    def execution(self, fmt: Format) -> Execution:
-        return "storage-only"
 
     def dot(self, ir: IR, acc: Expr, a: Expr, w: Expr) -> Expr:
         return acc + ir.intrinsic("llvm.x86.avx2.pmadd.wd", "int32x8", a, w)
@@ -43,19 +28,16 @@ class MaddWords(Micro):
 
 
 @dataclass(frozen=True)
-class MaddBytes(Micro):
+class MaddBytes(IntegerMicro):
     """u8 × s8 pairs into int16 partial sums, widened to int32 before they can overflow."""
 
     def why_not(self, fmt: Format) -> str | None:
-        reason = _integer_why_not(self.name, fmt)
+        reason = super().why_not(fmt)
         if reason:
             return reason
         if self.run_length(fmt) < 1:
             return f"{self.name} would overflow its int16 sums with {fmt.name}"
         return None
-
-    def execution(self, fmt: Format) -> Execution:
-        return "native" if fmt.weight.bits == 8 else "storage-only"
 
     def run_length(self, fmt: Format) -> int:
         # Beyond 16 the widening is already below 4 % of the work; longer runs only grow the code.

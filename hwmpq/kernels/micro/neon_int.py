@@ -14,27 +14,11 @@ from dataclasses import dataclass
 
 from hwmpq.formats import Format
 from hwmpq.kernels.ir import IR, Expr
-from hwmpq.kernels.micro import Micro
-from hwmpq.types import Execution
+from hwmpq.kernels.micro import IntegerMicro
 
 
 @dataclass(frozen=True)
-class NeonInteger(Micro):
-    """What the integer micro-kernels of ARM share."""
-
-    def why_not(self, fmt: Format) -> str | None:
-        if not fmt.is_integer:
-            return f"{self.name} multiplies integers, {fmt.name} is not"
-        if fmt.activation.bits > 8 or fmt.weight.bits > 8:
-            return f"{self.name} takes operands of at most 8 bits"
-        return None
-
-    def execution(self, fmt: Format) -> Execution:
-        return "native" if fmt.weight.bits == 8 else "storage-only"
-
-
-@dataclass(frozen=True)
-class BytePairs(NeonInteger):
+class BytePairs(IntegerMicro):
     """s8 × s8 into int16 partial sums, whose pairs are added to int32 before they can overflow.
 
     A vector of eight channels is two registers of sums, and two of partial sums.
@@ -71,7 +55,7 @@ class BytePairs(NeonInteger):
 
 
 @dataclass(frozen=True)
-class DotBytes(NeonInteger):
+class DotBytes(IntegerMicro):
     """acc += Σ of four products of bytes."""
 
     intrinsic: str = ""

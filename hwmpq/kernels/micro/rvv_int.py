@@ -10,23 +10,12 @@ from dataclasses import dataclass
 
 from hwmpq.formats import Format
 from hwmpq.kernels.ir import IR, Expr
-from hwmpq.kernels.micro import Micro
-from hwmpq.types import Execution
+from hwmpq.kernels.micro import IntegerMicro
 
 
 @dataclass(frozen=True)
-class WideningWords(Micro):
+class WideningWords(IntegerMicro):
     """acc += a · w, both widened. A vector of eight channels is two registers of sums."""
-
-    def why_not(self, fmt: Format) -> str | None:
-        if not fmt.is_integer:
-            return f"{self.name} multiplies integers, {fmt.name} is not"
-        if fmt.activation.bits > 8:
-            return f"{self.name} takes activations of at most 8 bits"
-        return None
-
-    def execution(self, fmt: Format) -> Execution:
-        return "storage-only"
 
     def dot(self, ir: IR, acc: Expr, a: Expr, w: Expr) -> Expr:
         return acc + ir.cast(a, "int32", self.lanes) * ir.cast(w, "int32", self.lanes)

@@ -10,25 +10,14 @@ from dataclasses import dataclass
 
 from hwmpq.formats import Format
 from hwmpq.kernels.ir import IR, Expr
-from hwmpq.kernels.micro import Micro
-from hwmpq.types import Execution
+from hwmpq.kernels.micro import IntegerMicro
 
 
 @dataclass(frozen=True)
-class Vnni(Micro):
+class Vnni(IntegerMicro):
     """acc += Σ of four u8 · s8 products."""
 
     intrinsic: str = ""
-
-    def why_not(self, fmt: Format) -> str | None:
-        if not fmt.is_integer:
-            return f"{self.name} multiplies integers, {fmt.name} is not"
-        if fmt.activation.bits > 8 or fmt.weight.bits > 8:
-            return f"{self.name} takes operands of at most 8 bits"
-        return None
-
-    def execution(self, fmt: Format) -> Execution:
-        return "native" if fmt.weight.bits == 8 else "storage-only"
 
     def dot(self, ir: IR, acc: Expr, a: Expr, w: Expr) -> Expr:
         return ir.intrinsic(self.intrinsic, f"int32x{self.lanes}", acc, a, w)
