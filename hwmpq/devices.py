@@ -128,7 +128,8 @@ class Device:
             raise InputError(
                 "times of an emulated device", self.name, "a chip: ssh, adb or rpc",
                 "An emulator proves numbers and instructions, not seconds: describe a board in "
-                f"{path()} and name it with --device; `hwmpq compile` runs on this one.",
+                f"{path()} and name it with --device, or go by estimated cycles with "
+                "--allow-estimates; `hwmpq compile` runs on this one.",
             )  # fmt: skip
 
     def recognize(self, fingerprint: str) -> None:

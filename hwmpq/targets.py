@@ -106,6 +106,20 @@ class TimingDefaults:
 
 
 @dataclass(frozen=True)
+class StaticModel:
+    """How cycles are estimated where there is no chip (`hwmpq.measure.static_model`).
+
+    cpu: the -mcpu of the scheduling model of LLVM 19 that comes closest; clock_hz: makes seconds of
+    its cycles.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    cpu: str
+    clock_hz: float
+
+
+@dataclass(frozen=True)
 class Target:
     """The facts about one class of chips.
 
@@ -113,8 +127,9 @@ class Target:
     width of the widest vector register; registers: how many of them. peaks: '<activation>.<weight>'
     encodings that these features multiply natively -> most multiply-accumulates per cycle of one
     core.
-    sources: for each of SOURCED, the documents the facts were taken from. emulator: what is put
-    before a program of this class of chips to run it on another one, () where nothing is known.
+    sources: for each of SOURCED, and of the static model where there is one, the documents the
+    facts were taken from. emulator: what is put before a program of this class of chips to run it
+    on another one, () where nothing is known.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -134,6 +149,7 @@ class Target:
     protocol: TimingDefaults
     sources: dict[str, str]
     emulator: tuple[str, ...] = ()
+    static_model: StaticModel | None = None
 
     @property
     def triple(self) -> str:
@@ -184,10 +200,9 @@ def read(path: Path) -> Target:
         broken = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InputError(f"target file {path}", "; ".join(broken)) from error
     check_features(target.features, f"target file {path}")
-    if set(target.sources) != Target.SOURCED or not all(target.sources.values()):
-        raise InputError(
-            f"sources in target file {path}", sorted(target.sources), sorted(Target.SOURCED)
-        )
+    sourced = Target.SOURCED | ({"static_model"} if target.static_model else set())
+    if set(target.sources) != sourced or not all(target.sources.values()):
+        raise InputError(f"sources in target file {path}", sorted(target.sources), sorted(sourced))
     return target
 
 

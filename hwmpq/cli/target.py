@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any
 
@@ -69,46 +70,70 @@ def check(
         bool, typer.Option("--all", help="The whole grid: very many cases, hours.")
     ] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", help="Stop after N cases.")
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", help="N cases, spread over all of them."),
     ] = None,
 ) -> Answer:
-    """Conformance: compile kernels of the target, run them here, compare with the reference.
+    """Conformance: compile kernels of the target, run them, compare with the reference.
 
-    Instructions that this CPU lacks are emulated. A kernel that crashes is one more failure, not
-    the end. Exit code 5 when any case is wrong.
+    Instructions that this CPU lacks are emulated; kernels for another kind of machine run as they
+    are under its emulator (QEMU), where code for newer chips must be trapped. A kernel that crashes
+    is one more failure, not the end. Also says what no kernel runs, and why. Exit code 5 when any
+    case is wrong.
 
-    Example: hwmpq target check x86-avx2 --limit 100
+    Example: hwmpq target check arm-cortex-a76 --limit 100
     """
     from hwmpq import targets
+    from hwmpq.kernels import conformance, guest
 
     target = targets.load(name)
+    if target.foreign:
+        guest.check_tools(target)
     cases = _cases(target.name, everything)
     count = min(len(cases), limit or len(cases))
+    chosen = [i * len(cases) // count for i in range(count)]
     failures: list[dict[str, str]] = []
     with reporter().stage(f"kernels of {target.name}", count) as advance:
         for start in range(0, count, _CHUNK):
-            stop = min(count, start + _CHUNK)
+            part = chosen[start : start + _CHUNK]
             failures += [
                 {"case": str(cases[i]), "wrong": wrong}
-                for i, wrong in _run(target.name, everything, start, stop)
+                for i, wrong in _run(target.name, everything, part)
             ]
-            advance(stop - start)
+            advance(len(part))
+    trapped = conformance.traps(target) if target.foreign else {}
+    failures += [
+        {"case": f"a kernel of {other}", "wrong": f"not trapped: {ended}"}
+        for other, ended in trapped.items()
+        if "SIGILL" not in ended
+    ]
+    kernels = Counter(cases[i].kernel for i in chosen)
+    missing = conformance.unsupported(target.features)
     told = {"version": VERSION, "target": target.name, "cases": count, "of": len(cases),
+            "emulator": target.emulator[0] if target.foreign else "", "kernels": dict(kernels),
+            "traps": trapped, "unsupported": missing,
             "status": "accuracy" if failures else "met", "failures": failures}  # fmt: skip
-    lines = [f"{count} cases, {len(failures)} wrong"]
+    lines = [f"{kernel}: {number} cases" for kernel, number in sorted(kernels.items())]
+    lines += [f"a kernel of {other}: {ended}" for other, ended in trapped.items()]
+    lines += [
+        f"{op}: no kernel for {len(reasons)} formats, such as {fmt}: {reasons[fmt]}"
+        for op, reasons in missing.items()
+        for fmt in list(reasons)[:1]
+    ]
+    lines.append(f"{count} of {len(cases)} cases, {len(failures)} wrong")
     lines += [f"  {f['case']}: {f['wrong']}" for f in failures]
     return Answer(told, "\n".join(lines), 5 if failures else 0)
 
 
 def check_cases(request: Mapping[str, Any]) -> dict[str, Any]:
-    """In the worker: {"target", "all", "start", "stop"} -> {"wrong": [[number, text], ...]}."""
+    """In the worker: {"target", "all", "cases": numbers} -> {"wrong": [[number, text], ...]}."""
     from hwmpq import targets
     from hwmpq.kernels.conformance import check as check_case
 
     target = targets.load(request["target"])
     cases = _cases(target.name, request["all"])
     wrong: list[list[Any]] = []
-    for number in range(request["start"], request["stop"]):
+    for number in request["cases"]:
         try:
             found = check_case(cases[number], target)
         except Exception as error:
@@ -127,20 +152,20 @@ def _cases(name: str, everything: bool) -> list[Any]:
     return list(conformance.grid(features)) if everything else conformance.subset(features)
 
 
-def _run(name: str, everything: bool, start: int, stop: int) -> list[tuple[int, str]]:
-    """Cases start .. stop in a child; when it dies, each one alone."""
+def _run(name: str, everything: bool, numbers: Sequence[int]) -> list[tuple[int, str]]:
+    """Some cases in a child; when it dies, each one alone."""
     from hwmpq.measure import WorkerCrashed, WorkerProcess, WorkerTimeout
 
-    request = {"target": name, "all": everything, "start": start, "stop": stop}
+    request = {"target": name, "all": everything, "cases": list(numbers)}
     payload = {"function": "hwmpq.cli.target:check_cases", "payload": request}
     with WorkerProcess(threads=2) as worker:
         try:
             found = worker.call("call", payload, _DEADLINE_S)
             return [(int(number), str(wrong)) for number, wrong in found["wrong"]]
         except (WorkerCrashed, WorkerTimeout) as error:
-            if stop - start == 1:
-                return [(start, str(error))]
-    return [item for i in range(start, stop) for item in _run(name, everything, i, i + 1)]
+            if len(numbers) == 1:
+                return [(numbers[0], str(error))]
+    return [item for number in numbers for item in _run(name, everything, [number])]
 
 
 command(group)(probe)

@@ -17,15 +17,16 @@ from hwmpq.errors import InputError
 from hwmpq.formats import Format
 from hwmpq.kernels.decode import Decoder, decoder
 from hwmpq.kernels.micro import Micro, TileMicro, micros
-from hwmpq.kernels.nests import Call, Nest, Schedule, emit, nests
+from hwmpq.kernels.nests import Call, Nest, Schedule, emit, least_cycles, nests
 from hwmpq.kernels.nests.panel import pack_scales
+from hwmpq.kernels.threads import pays
 from hwmpq.requantize import Epilogue
 from hwmpq.types import Execution, Workload, digest
 
 __all__ = ["Call", "Kernel", "Schedule", "best", "candidates", "kernel_named", "why_not"]
 
 #: Part of every cache key of a measured kernel: raise it when emitted code changes.
-CODEGEN_VERSION = 6
+CODEGEN_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,16 @@ class Kernel:
             raise InputError(f"schedule of {self.name}", schedule.text, [s.text for s in known])
         return replace(self, timed=None if schedule == known[0] else schedule)
 
-    def emit(self, call: Call) -> Any:
+    def emit(self, call: Call, all_threads: bool = False) -> Any:
         """TVM PrimFunc; arguments: x, weight (or b), [scales], multiplier, bias, scalars,
-        [residual], out, all flat."""
-        return emit(self.nest, call, self.micro, self.decoder, self.schedule(call))
+        [residual], out, all flat.
+
+        all_threads: also where the work is over sooner than the thread pool begins.
+        """
+        schedule = self.schedule(call)
+        if not (all_threads or pays(call.threads, least_cycles(call, self.micro))):
+            call = replace(call, threads=1)
+        return emit(self.nest, call, self.micro, self.decoder, schedule)
 
     def parameters(
         self,

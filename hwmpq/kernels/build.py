@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,19 @@ def export(executable: Any, path: Path, target: Target) -> None:
     else:
         executable.export_library(str(aside))
     os.replace(aside, path)
+
+
+def archive(executable: Any, path: Path, target: Target) -> None:
+    """Write a static library, for the linker of a program.
+
+    Raises InputError without the program that packs objects of the target.
+    """
+    from tvm.support import cc
+
+    packer = f"{target.triple}-ar" if target.foreign else "ar"
+    if shutil.which(packer) is None:
+        raise InputError("no program to pack objects with", packer, None, "Install binutils.")
+    executable.export_library(str(path), fcompile=cc.create_staticlib, ar=packer)
 
 
 def in_call_order(kernel: Kernel, call: Call, sample: Sample) -> list[Array]:

@@ -3,7 +3,8 @@
 Factors, per operator: the kernel with its format, the sizes of the workload, the encodings of the
 result and of the residual, bias and activation, threads, schedule, values. `grid` covers, for every
 kernel and every format it takes, all pairs of the other factors; `subset`, for the test suite, all
-pairs of all factors with one format to a kernel. Both are deterministic.
+pairs of all factors, with a kernel's parts as factors of their own and one format to a kernel. Both
+are deterministic.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from hwmpq import targets, tile_permission
 from hwmpq.formats import format_named, known_formats
-from hwmpq.kernels import Kernel, candidates, guest, kernel_named
+from hwmpq.kernels import Kernel, best, candidates, guest, kernel_named, why_not
 from hwmpq.kernels.build import assembly, in_call_order, library
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.cover import pairwise
@@ -94,18 +95,22 @@ class Case:
 
 def subset(features: frozenset[str], formats: Iterable[str] = KINDS) -> list[Case]:
     """Every pair of levels of two factors, for all operators; each kernel in the first of the
-    formats that it takes."""
+    formats that it takes. A kernel's micro-kernel and its weight decoder are two factors."""
     found: list[Case] = []
     for op in LAYER_OPS:
         first: dict[str, str] = {}
         for kernel, fmt in _ways(op, features, formats):
             first.setdefault(kernel, fmt)
-        alike: dict[_Sizes, list[tuple[str, str]]] = {}
+        alike: dict[tuple[str, _Sizes], dict[tuple[str, str], tuple[str, str]]] = {}
         for way in first.items():
-            alike.setdefault(_sizes(op, way, features), []).append(way)
-        for sizes, ways in alike.items():
-            rows = pairwise({"way": ways, **dict(sizes), **_REST})
-            found += [_case(op, row.pop("way"), row, i) for i, row in enumerate(rows)]
+            nest, micro, weights = way[0].split(".")
+            sizes = _sizes(op, way, features)
+            alike.setdefault((nest, sizes), {})[micro, weights] = way
+        for (_, sizes), ways in alike.items():
+            micros, decoders = (list(dict.fromkeys(parts)) for parts in zip(*ways, strict=True))
+            kernels = {"micro": micros, "decoder": decoders}
+            rows = pairwise({**kernels, **dict(sizes), **_REST}, ways)
+            found += [_case(op, ways[r["micro"], r["decoder"]], r, i) for i, r in enumerate(rows)]
     return found
 
 
@@ -140,7 +145,7 @@ def check(case: Case, target: Target) -> str | None:
         function = emit_emulated(kernel.nest, call, kernel.micro, kernel.decoder, schedule)
     else:
         tile_permission.ask(kernel.requires)
-        function = replace(kernel, timed=schedule).emit(call)
+        function = replace(kernel, timed=schedule).emit(call, all_threads=True)
     elsewhere = targets.satisfied_by_host(target) and not target.foreign
     executable = library(function, targets.native() if elsewhere else target)
     sample = draw(call, case.seed, case.values)
@@ -154,6 +159,36 @@ def check(case: Case, target: Target) -> str | None:
         executable.jit()["main"](*(tvm.runtime.tensor(a) for a in inputs), out.tensor())
     wrong = sample.answer.wrong(read(call.out, out.values.reshape(shape)))
     return out.wrong() or wrong
+
+
+def unsupported(features: frozenset[str]) -> dict[str, dict[str, str]]:
+    """Operator -> format -> why no kernel runs it."""
+    return {
+        op: {
+            name: reason
+            for name in known_formats()
+            if (reason := why_not(_probe(op), format_named(name), features))
+        }
+        for op in LAYER_OPS
+    }
+
+
+def traps(target: Target) -> dict[str, str]:
+    """How kernels for like chips with more instructions end on the emulated one of a target: name
+    of the other target -> 'ended by SIGILL ...', as they should, or else what came of it."""
+    found: dict[str, str] = {}
+    seen = set()
+    for other in map(targets.load, targets.names()):
+        more = other.features - target.features
+        if other.triple != target.triple or not more or other.features in seen:
+            continue
+        seen.add(other.features)
+        call = _call(_probe("linear"), "w8a8", "u8", "", 1)
+        kernel = best(call.workload, call.format, other.features)
+        if kernel is not None and not kernel.requires <= target.features:
+            older = replace(other, emulator=target.emulator)
+            found[other.name] = check(Case(kernel.name, call), older) or "it ran"
+    return found
 
 
 def how(kernel: Kernel) -> str:
@@ -198,10 +233,14 @@ class _Guarded:
 
 def _ways(op: str, features: frozenset[str], formats: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(kernel name, format name) of every kernel for the operator."""
-    probe = _workload(op, {name: values[0] for name, values in _SIZES[op].items()}, "")
     for name in formats:
-        for kernel in candidates(probe, format_named(name), features):
+        for kernel in candidates(_probe(op), format_named(name), features):
             yield kernel.name, name
+
+
+def _probe(op: str) -> Workload:
+    """One that every kernel for the operator can run."""
+    return _workload(op, {name: values[0] for name, values in _SIZES[op].items()}, "")
 
 
 def _sizes(op: str, way: tuple[str, str], features: frozenset[str]) -> _Sizes:

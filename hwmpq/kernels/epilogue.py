@@ -3,15 +3,18 @@
 Emits exactly `hwmpq.requantize.apply`; a test compares them bit by bit for every combination.
 A product that a sum follows is fenced: two roundings, as there.
 
-Where AVX2 makes unsigned codes of int32 sums, packing clamps (`codes.packed`):
-q = max(u8(s16(rint(min(y, hi − z))) + z), lo).
+Where AVX2 or NEON makes unsigned codes of int32 sums, packing clamps (`codes.packed`,
+`neon.packed`): q = max(u8(s16(rint(min(y, hi − z))) + z), lo), or
+min(max(u8(s16(rint(y)) + z), lo), hi).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal
 
+from hwmpq.kernels import neon
 from hwmpq.kernels.codes import from_f32, memory_dtype, packed, to_f32
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.requantize import HI, INV_OUT, LO, M_RES, Z_OUT, Z_RES
@@ -32,8 +35,9 @@ class EpilogueEmitter:
     """multiplier, bias: [padded channels]; scalars: fp32; residual and out are flat tensors.
 
     integer: the accumulators are int32. scaled: a float accumulator is multiplied as well
-    (attention's 1/√d). residual: encoding, '' = none. avx2: the micro-kernel is one of AVX2.
-    begun: int32 sums were begun with `first`, so they hold their bias.
+    (attention's 1/√d). residual: encoding, '' = none. isa: that of the micro-kernel, where there
+    is more here than plain vectors. begun: int32 sums were begun with `first`, so they hold their
+    bias.
     """
 
     integer: bool
@@ -45,7 +49,7 @@ class EpilogueEmitter:
     scalars: Buffer
     out_buffer: Buffer
     residual_buffer: Buffer | None
-    avx2: bool
+    isa: Literal["", "avx2", "neon"]
     begun: bool = False
 
     def first(self, ir: IR, channel: Expr, lanes: int) -> Expr:
@@ -55,10 +59,10 @@ class EpilogueEmitter:
         return ir.let(ir.load(self.bias, channel, lanes))
 
     def store_runs(self, ir: IR, runs: list[Run], lanes: int) -> None:
-        """Finish and store runs of whole vectors: four at once are packed to bytes by AVX2, else
-        two of a run at once."""
+        """Finish and store runs of whole vectors: bytes are packed to a register by AVX2 and NEON,
+        else two vectors of a run are done at once."""
         unsigned = is_integer(self.out) and memory_dtype(self.out) == "uint8"
-        if not (self.avx2 and self.integer and unsigned):
+        if not (self.isa and self.integer and unsigned):
             for run in runs:
                 for j in range(0, len(run.sums), 2):
                     pair, skip = run.sums[j : j + 2], j * lanes
@@ -71,8 +75,9 @@ class EpilogueEmitter:
             for j, acc in enumerate(run.sums)
         ]
         starts = set(accumulate((len(run.sums) for run in runs), initial=0))
-        for first in range(0, len(vectors), 4):
-            last = min(first + 4, len(vectors))
+        many = (32 if self.isa == "avx2" else 16) // lanes
+        for first in range(0, len(vectors), many):
+            last = min(first + many, len(vectors))
             codes = ir.let(self._packed(ir, vectors[first:last], lanes))
             ends = [i for i in range(first + 1, last + 1) if i == last or i in starts]
             for begin, end in pairwise([first, *ends]):
@@ -80,19 +85,20 @@ class EpilogueEmitter:
                 ir.store(self.out_buffer, vectors[begin].at, ir.shuffle(codes, part), len(part))
 
     def _packed(self, ir: IR, vectors: list[Run], lanes: int) -> Expr:
-        """The codes of up to four vectors of eight sums, in order."""
-
-        def whole(vector: Run) -> Expr:
+        """The codes of some vectors of sums, a register at most, in order."""
+        steps = []
+        for vector in vectors:
             residual = None
             if self.residual:
                 residual = self._residual(ir, vector.at, lanes, lanes)
-            y = self._steps(ir, vector.sums[0], vector.channel, residual, lanes)
-            top = ir.broadcast(ir.load(self.scalars, HI) - ir.load(self.scalars, Z_OUT), lanes)
-            return ir.minimum(y, top)
-
+            steps.append(self._steps(ir, vector.sums[0], vector.channel, residual, lanes))
         zero = ir.cast(ir.load(self.scalars, Z_OUT), "int16")
         low = ir.cast(ir.load(self.scalars, LO), "uint8")
-        return packed(ir, [whole(vector) for vector in vectors], zero, low, "uint8")
+        if self.isa == "neon":
+            high = ir.cast(ir.load(self.scalars, HI), "uint8")
+            return neon.packed(ir, steps, lanes, zero, low, high)
+        top = ir.broadcast(ir.load(self.scalars, HI) - ir.load(self.scalars, Z_OUT), lanes)
+        return packed(ir, [ir.minimum(y, top) for y in steps], zero, low, "uint8")
 
     def store(self, ir: IR, acc: Expr, channel: Expr, at: Expr, lanes: int, valid: int) -> None:
         """Finish `lanes` channels from `channel` on and store the first `valid` at out[at]."""
@@ -127,7 +133,7 @@ class EpilogueEmitter:
         to_code = is_integer(self.out)
         if self.integer and to_code:
             q = ir.rint(self._steps(ir, acc, channel, residual, lanes), lanes)
-            return self._clamp(ir, q + s(Z_OUT), s)
+            return self._clamp(ir, q + s(Z_OUT), s, lanes)
         bias = ir.load(self.bias, channel, lanes)
         if self.integer:
             y = ir.fence(self._product(ir, acc, channel, lanes), lanes)
@@ -140,8 +146,8 @@ class EpilogueEmitter:
                 residual = ir.fence((residual - s(Z_RES)) * s(M_RES), lanes)
             y = y + residual
         if to_code:
-            return self._clamp(ir, ir.rint(y * s(INV_OUT), lanes) + s(Z_OUT), s)
-        return self._clamp(ir, y, s)
+            return self._clamp(ir, ir.rint(y * s(INV_OUT), lanes) + s(Z_OUT), s, lanes)
+        return self._clamp(ir, y, s, lanes)
 
     def _product(self, ir: IR, acc: Expr, channel: Expr, lanes: int) -> Expr:
         """f32(acc + bias) · m, of an int32 sum."""
@@ -164,6 +170,8 @@ class EpilogueEmitter:
             r = residual * s(INV_OUT)
         return ir.rint(y, lanes) + ir.rint(r, lanes)
 
-    def _clamp(self, ir: IR, value: Expr, s: object) -> Expr:
+    def _clamp(self, ir: IR, value: Expr, s: object, lanes: int) -> Expr:
         assert callable(s)
+        if self.isa == "neon":
+            return neon.clamped(ir, value, s(LO), s(HI), lanes)
         return ir.maximum(ir.minimum(value, s(HI)), s(LO))

@@ -31,7 +31,7 @@ _DEADLINE_S = 120.0
 #: DLPack's codes of numpy's kinds of numbers.
 _CODES = {"i": 0, "u": 1, "f": 2}
 DEBIAN = (
-    "On Debian: apt install qemu-user-static gcc-aarch64-linux-gnu libc6-dev-aarch64-cross "
+    "On Debian: apt install qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross "
     "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross"
 )
 
@@ -74,12 +74,16 @@ def run(executable: Any, target: Target, inputs: Sequence[Array], out: Array, me
     with tempfile.TemporaryDirectory(prefix="hwmpq-guest-") as folder:
         library = Path(folder) / "kernel.so"
         link(executable, target, library)
-        sent = b"".join(_packed(a, a.tobytes()) for a in inputs)
-        sent += _packed(out, memory.tobytes())
-        command = [*target.emulator, _program(target.triple), str(library)]
-        ran = subprocess.run(
-            command, input=sent, capture_output=True, timeout=_DEADLINE_S, check=False
-        )
+        return call(library, target, inputs, out, memory)
+
+
+def call(library: Path, target: Target, inputs: Sequence[Array], out: Array, memory: Array) -> str:
+    """As `run`, of a linked library."""
+    check_tools(target)
+    sent = b"".join(_packed(a, a.tobytes()) for a in inputs)
+    sent += _packed(out, memory.tobytes())
+    command = [*target.emulator, _program(target.triple), str(library)]
+    ran = subprocess.run(command, input=sent, capture_output=True, timeout=_DEADLINE_S, check=False)
     said = " ".join(ran.stderr.decode(errors="replace").split())
     if ran.returncode < 0:
         return f"{signal.Signals(-ran.returncode).name} ({said})"

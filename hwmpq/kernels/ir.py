@@ -14,6 +14,8 @@ from typing import Any
 
 Expr = Any
 Buffer = Any
+#: First and behind the last.
+Part = tuple[Expr, Expr]
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,17 @@ class Address:
 
 
 class IR:
-    """Builds one PrimFunc: `with ir.function(): ...` and then `ir.result()`."""
+    """Builds one PrimFunc: `with ir.function(): ...` and then `ir.result()`.
 
-    def __init__(self) -> None:
+    threads: how many share the loops that are said to be parallel.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
         import tvm.tirx as tir
         from tvm.script.ir_builder import IRBuilder
         from tvm.script.ir_builder import tirx as T
 
+        self.threads = threads
         self._t, self._tir, self._builder = T, tir, IRBuilder()
 
     @contextmanager
@@ -70,11 +76,30 @@ class IR:
 
     @contextmanager
     def loop(self, extent: int, parallel: bool = False) -> Iterator[Expr]:
-        if extent == 1:
-            yield 0
+        with self.shared(extent, parallel) as part, self.between(*part) as index:
+            yield index
+
+    @contextmanager
+    def shared(self, extent: int, parallel: bool = True) -> Iterator[Part]:
+        """What a thread has of 0 .. extent: (first, behind the last), numbers where that is all.
+
+        Memory made inside is the thread's own, once: inside a parallel loop over all of the extent,
+        TVM would ask its runtime for it in every round, which took longer than small rounds.
+        """
+        parts = min(self.threads, extent) if parallel else 1
+        if parts < 2:
+            yield 0, extent
             return
-        maker = self._t.parallel if parallel else self._t.serial
-        with maker(extent) as index:
+        with self._t.parallel(parts) as part:
+            yield self.let(part * extent // parts), self.let((part + 1) * extent // parts)
+
+    @contextmanager
+    def between(self, first: Expr, behind: Expr) -> Iterator[Expr]:
+        """A loop from `first` up to before `behind`."""
+        if isinstance(first, int) and isinstance(behind, int) and behind - first == 1:
+            yield first
+            return
+        with self._t.serial(first, behind) as index:
             yield index
 
     @contextmanager

@@ -33,7 +33,8 @@ class Cell:
     |got − expected| ≤ atol + rtol·|expected|.
     features: those that its code needs; the worker asks Linux for the ones that want asking.
     loop: the folder of `kernel.export_loop` for it, '' = the worker compiles its loop.
-    kind 'artifact': `path`: its folder; `input`: a file for its `bench_callable`, else its own.
+    kind 'artifact': `path`: its folder; `input`: a file for its `bench_callable`, else its own;
+    `inside`: are the seconds of every kernel call in it wanted too?
     kind 'program': `function`: 'hwmpq.module:name', which makes of `settings` a call without
     arguments and a description.
     """
@@ -51,6 +52,7 @@ class Cell:
     rtol: float = 0.0
     path: str = ""
     input: str = ""
+    inside: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -74,8 +76,8 @@ class Protocol:
     rounds: each gives every cell one epoch; epoch_s: about how long an epoch is; threads: must be
     those of the worker; seed: of the order and the jitter of the inner count; pin: to the last core
     (one thread only); deadline_s: the longest silence of the worker, one step or one round;
-    settle: each epoch begins with a call that is not timed, for cells of several runtimes, whose
-    idle threads spin for a while and whose memory is not in the caches.
+    settle: each epoch waits until other threads sleep and begins with a call that is not timed, for
+    cells of several runtimes, whose idle threads spin for a while and evict each other's memory.
     """
 
     rounds: int = 12
@@ -112,7 +114,8 @@ class CellTiming:
     each sample), sentinel_s (per round), drift, speed_factor (what turns the seconds into those at
     the session's speed), disturbance (relative standard error that the flags stand for), steal,
     away, pressure (shares of time), switches, noisy, cold, weight_copies, call_overhead_s,
-    calibration_ratio, core, seed, denormals, environment, description (of a program).
+    calibration_ratio, core, seed, denormals, environment, description (of a program), calls_s (of
+    the kernel calls inside an artifact).
     """
 
     key: str

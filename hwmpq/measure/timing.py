@@ -7,9 +7,11 @@ import hashlib
 import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +28,9 @@ Progress = Callable[[Mapping[str, Any]], None]
 MAX_SHARED_RATIO = 10.0
 _SENTINEL_BYTES = bytes(64 << 10)
 _REFERENCE_RUNS = 15
+_TASKS = "/proc/self/task"
+#: The longest wait for idle threads.
+_REST_S = 0.5
 
 
 class Runner(Protocol):
@@ -152,7 +157,7 @@ def _load_whole(cell: Cell) -> tuple[Callable[[], object], dict[str, Any]]:
     artifact = load(cell.path, threads=int(os.environ["TVM_NUM_THREADS"]))
     inputs = (cell.input,) if cell.input else ()
     function: Callable[[], object] = artifact.bench_callable(*inputs)
-    return function, {}
+    return function, {"calls_s": artifact.call_seconds()} if cell.inside else {}
 
 
 def _calibrate(entry: Entry, epoch_s: float) -> None:
@@ -221,6 +226,7 @@ def _rounds(
             for _ in range(2):
                 count = max(1, int(entry.count * (1 + 0.2 * chance.random())))
                 if plan.settle:
+                    _wait_for_other_threads()
                     entry.runner.run(1)
                 epoch = _epoch(entry.runner, count, core, plan.threads)
                 if not epoch.bad:
@@ -239,6 +245,26 @@ def _rounds(
         "seed": plan.seed,
         "denormals": "kept" if np.float32(1e-40) * np.float32(0.5) else "flushed",
     }
+
+
+def _wait_for_other_threads() -> None:
+    """Until the threads of the runtime that ran before sleep; some spin for a tenth of a second and
+    would take the cores that this one's threads need."""
+    if not os.path.isdir(_TASKS):
+        time.sleep(_REST_S)
+        return
+    own, end, asleep = str(threading.get_native_id()), time.monotonic() + _REST_S, 0
+    while asleep < 3 and time.monotonic() < end:
+        time.sleep(0.002)
+        asleep = 0 if any(_runs(task) for task in os.listdir(_TASKS) if task != own) else asleep + 1
+
+
+def _runs(task: str) -> bool:
+    try:
+        state = Path(_TASKS, task, "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it has ended meanwhile
+        return False
+    return state == "R"
 
 
 def _epoch(runner: Runner, count: int, core: int | None, threads: int) -> gates.Epoch:

@@ -46,7 +46,7 @@ def sample(target: targets.Target, micro: str, count: int) -> list[conf.Case]:
     ("target", "micro"),
     [
         (A72, "neon_fma"), (A72, "neon_smull"), (A76, "neon_sdot"), (N2, "neon_usdot"),
-        (N2, "neon_bfdot"),
+        (N2, "neon_usmmla"), (N2, "neon_bfdot"), (N2, "neon_bfmmla"),
     ],
 )  # fmt: skip
 def test_sample_of_the_pairwise_subset(target: targets.Target, micro: str) -> None:
@@ -95,7 +95,9 @@ def test_an_instruction_that_the_chip_lacks_is_told() -> None:
         (A72, "conv2d.neon_smull.s8", "w8a8", {"smull", "smlal", "sadalp"}),
         (A76, "conv2d.neon_sdot.s4", "w4a8", {"sdot"}),
         (N2, "conv2d.neon_usdot.s8", "w8a8", {"sudot"}),
+        (N2, "conv2d.neon_usmmla.s4", "w4a8", {"usmmla"}),
         (N2, "conv2d.neon_bfdot.bf16", "bf16", {"bfdot"}),
+        (N2, "conv2d.neon_bfmmla.bf16", "bf16", {"bfmmla"}),
         (A72, "conv2d.neon_fma.fp32", "fp32", {"fmla"}),
         (RISCV, "conv2d.rvv_wmacc.s8", "w8a8", {"vwmacc.vx"}),
     ],

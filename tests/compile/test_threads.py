@@ -14,10 +14,12 @@ from torch import nn
 from hwmpq import side_jobs, targets
 from hwmpq.formats import format_named
 from hwmpq.kernels import Call, best, glue
+from hwmpq.kernels import conformance as conf
 from hwmpq.kernels.glue import GlueCall, Operand
 from hwmpq.pipeline import Options
 from hwmpq.types import Workload
 
+HOST = targets.native()
 PROGRAM = """
 import os, sys, threading
 import numpy as np
@@ -52,6 +54,36 @@ class Wide(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(torch.relu(self.conv(torch.relu(self.stem(x)))).mean((2, 3)))
+
+
+def conv(op: str, side: int, cin: int, cout: int, kernel: int, groups: int = 1) -> Workload:
+    at = kernel // 2
+    return Workload.make(
+        op, "bias+relu", n=1, h=side, w=side - 2, cin=cin, cout=cout, kh=kernel, kw=kernel, sh=1,
+        sw=1, pt=at, pl=at, pb=at, pr=at, dh=1, dw=1, groups=groups,
+    )  # fmt: skip
+
+
+#: What threads share out: rows, channels, pixels, weights, and the images of a batched product.
+SHARED = {
+    "rows": conv("depthwise", 45, 24, 24, 3, 24),
+    "channels": conv("depthwise", 9, 72, 72, 3, 72),
+    "pixels": conv("conv2d", 19, 17, 33, 3),
+    "weights": conv("conv2d", 5, 65, 70, 3),
+    "images": Workload.make("matmul", "", b=2, m=31, k=17, n=33, trans_b=0),
+}
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "w8a8"])
+@pytest.mark.parametrize("what", SHARED)
+def test_shares_cover_everything_once(what: str, fmt: str) -> None:
+    found = format_named(fmt)
+    x, b = found.activation.name, "" if SHARED[what].has_weight else found.weight.name
+    call = Call(SHARED[what], found, x, x, b=b, threads=3)
+    kernel = best(call.workload, found, HOST.features)
+    assert kernel is not None
+    for schedule in ("best", "turned"):
+        assert conf.check(conf.Case(kernel.name, call, schedule), HOST) is None
 
 
 def wide() -> Wide:

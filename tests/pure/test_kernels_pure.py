@@ -25,7 +25,7 @@ from hwmpq.kernels.nests.gemm import Packing
 from hwmpq.kernels.nests.image import Geometry
 from hwmpq.kernels.reference import accumulate
 from hwmpq.kernels.sample import draw
-from hwmpq.types import Workload
+from hwmpq.types import LAYER_OPS, Workload
 
 AVX2 = targets.load("x86-avx2").features
 ALL = targets.load("x86-amx").features
@@ -259,18 +259,23 @@ def test_pairwise_covers_every_pair_with_few_rows() -> None:
         seen = {(row[one], row[two]) for row in rows}
         assert seen == set(product(factors[one], factors[two]))
     assert len(rows) <= 24 and rows == pairwise(factors)
+    together = {(0, "x"), (1, "x"), (2, "y"), (3, "z"), (3, "x")}
+    rows = pairwise(factors, together)
+    assert {(row["a"], row["b"]) for row in rows} == together
+    for one, two in combinations(factors, 2):
+        seen = {(row[one], row[two]) for row in rows}
+        assert seen == set(product(factors[one], factors[two])) or (one, two) == ("a", "b")
 
 
 def test_the_subset_holds_every_kernel_of_every_target() -> None:
-    for name in targets.names():
-        features = targets.load(name).features
+    for features in {targets.load(name).features for name in targets.names()}:
         cases = conf.subset(features)
-        assert cases == conf.subset(features) and len(set(cases)) == len(cases)
+        assert len(set(cases)) == len(cases)
         used = {case.kernel.split(".")[1] for case in cases}
         assert used == {m.name for m in micros() if m.requires <= features}
-        assert {case.call.workload.op for case in cases} == {
-            "conv2d", "depthwise", "linear", "matmul"
-        }  # fmt: skip
+        for op in LAYER_OPS:
+            kernels = {kernel for kernel, _ in conf._ways(op, features, conf.KINDS)}
+            assert {case.kernel for case in cases if case.call.workload.op == op} == kernels
 
 
 def test_the_grid_holds_every_kernel_in_every_format() -> None:

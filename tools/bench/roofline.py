@@ -4,6 +4,7 @@
 
 Layer times are those of the store, measured where it lacks them; a peak is measured with the very
 instructions of the layer's kernel. Bytes: input, packed weights, residual and output, each once.
+of peak: multiplications that the kernel does, which Winograd's are fewer than MACs, over the peak.
 roof: the least time that peak and bandwidth allow, weights coming from behind the L2, as in the
 timing of a cell; its share of the measured time says what is left.
 """
@@ -31,6 +32,9 @@ from hwmpq.stages.build import read_assignment
 from hwmpq.stages.job import Job, Options, open_job
 from hwmpq.stages.latency import LatencyFacts, profile
 from hwmpq.stages.menu import make_menu
+
+#: How many layers are named of those that leave most.
+NAMED = 3
 
 
 def main() -> int:
@@ -68,6 +72,8 @@ def main() -> int:
     for level in levels:
         console.print(f"{level.name}: {level.bytes_per_s / 1e9:.1f} GB/s ({level.nbytes} bytes)")
     console.print(table(rows))
+    for line in summary(rows):
+        console.print(line)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
@@ -93,14 +99,25 @@ def _rows(
             done = work(layer.workload, fmt, kernel, job.target)
             seconds = cell.latency_s
             warm = (done.nbytes - done.weight_bytes) / bandwidth["L2"]
-            roof = max(done.macs / peaks[key], done.weight_bytes / behind + warm)
+            products = kernel.nest.products(layer.workload, micro)
+            roof = max(products / peaks[key], done.weight_bytes / behind + warm)
             yield {
                 "layer": layer.name, "format": name, "kernel": kernel.name, "latency_s": seconds,
-                "macs_per_s": done.macs / seconds, "of_peak": done.macs / seconds / peaks[key],
+                "macs_per_s": done.macs / seconds, "of_peak": products / seconds / peaks[key],
                 "peak_macs_per_s": peaks[key], "bytes_per_s": done.nbytes / seconds,
                 "roof_s": roof, "of_roof": roof / seconds,
-                "bound": "multiplies" if roof == done.macs / peaks[key] else "bytes",
+                "bound": "multiplies" if roof == products / peaks[key] else "bytes",
             }  # fmt: skip
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Per format: the share of the roof, weighted by time, and the layers that leave most."""
+    for name in dict.fromkeys(row["format"] for row in rows):
+        mine = [row for row in rows if row["format"] == name]
+        share = sum(row["roof_s"] for row in mine) / sum(row["latency_s"] for row in mine)
+        worst = sorted(mine, key=lambda row: row["roof_s"] - row["latency_s"])[:NAMED]
+        named = ", ".join(f"{row['layer']} {100 * row['of_roof']:.0f} %" for row in worst)
+        yield f"{name}: {100 * share:.0f} % of the roof, weighted by time; most is left in {named}"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -44,7 +44,7 @@ def emit(call: GlueCall) -> Any:
     emitters = operators()
     if call.op not in emitters:
         raise UnknownName("glue operator", call.op, emitters)
-    ir = IR()
+    ir = IR(call.threads)
     with ir.function():
         emitters[call.op](Frame.of(ir, call))
     return ir.result()

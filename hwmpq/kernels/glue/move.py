@@ -58,7 +58,8 @@ class Copy:
             self._walk(self.space, self.frame.lanes, self._straight)
 
     def _walk(self, space: Space, lanes: int, body: Body) -> None:
-        walk(self.frame.ir, space, lanes, self.frame.call, body)
+        terms = prod(self.space.extents) // prod(space.extents)
+        walk(self.frame.ir, space, lanes, self.frame.call, body, terms)
 
     def _without_inner(self, unit: int) -> Space:
         """`unit` innermost, and what was innermost left to the body."""

@@ -60,13 +60,13 @@ class Space:
         )
 
 
-def spans(ir: IR, size: int, lanes: int) -> Iterator[tuple[Expr, int, int]]:
+def spans(ir: IR, size: int, lanes: int, parallel: bool = False) -> Iterator[tuple[Expr, int, int]]:
     """Cover 0 .. size with vectors: (start, lanes, how many of the first lanes are repeated).
 
     The body is emitted for the loop of full vectors and once more for the rest.
     """
     lanes = min(lanes, 1 << (size.bit_length() - 1))
-    with ir.loop(size // lanes) as i:
+    with ir.loop(size // lanes, parallel) as i:
         yield i * lanes, lanes, 0
     if size % lanes:
         yield size - lanes, lanes, lanes - size % lanes
@@ -77,26 +77,13 @@ def walk(ir: IR, space: Space, lanes: int, call: GlueCall, body: Body, terms: in
 
     terms: input elements that each of them stands for.
     """
-    threads = call.threads
     *outer, inner = space.extents
     steps = tuple(s[-1] for s in space.strides)
     parallel = call.pays(prod(space.extents) * terms)
-
-    def run(at: list[Expr], size: int) -> None:
-        for start, n, _ in spans(ir, size, lanes):
-            body([a + start * s for a, s in zip(at, steps, strict=True)], steps, n)
-
-    part = inner // threads // lanes * lanes
-    if parallel and not outer and part:
-        with ir.loop(threads, parallel=True) as thread:
-            run([o + thread * part * s for o, s in zip(space.offsets, steps, strict=True)], part)
-        if inner > threads * part:
-            at = [o + threads * part * s for o, s in zip(space.offsets, steps, strict=True)]
-            run(list(at), inner - threads * part)
-        return
     with ExitStack() as stack:
         at = list(space.offsets)
         for axis, extent in enumerate(outer):
             index = stack.enter_context(ir.loop(extent, parallel and axis == 0))
             at = [a + index * s[axis] for a, s in zip(at, space.strides, strict=True)]
-        run(at, inner)
+        for start, n, _ in spans(ir, inner, lanes, parallel and not outer):
+            body([a + start * s for a, s in zip(at, steps, strict=True)], steps, n)

@@ -70,19 +70,33 @@ class Micro(ABC):
         word = ir.reinterpret(ir.load(buffer, index, self.kstep), self.word)
         return ir.reinterpret(ir.broadcast(word, self.lanes), self.a_dtype, self.lanes * self.kstep)
 
-    def broadcasts(self, ir: IR, buffer: Buffer, index: Expr) -> list[Expr]:
-        """The activations of `ahead` steps from buffer[index] on, loaded at once."""
-        if self.ahead == 1:
-            return [self.broadcast(ir, buffer, index)]
-        words = ir.load(buffer, index, self.ahead * self.kstep)
+    def operands(self, ir: IR, buffer: Buffer, places: list[Expr], steps: int) -> list[Expr]:
+        """The activations of some steps, 1 or `ahead`, of `height` rows whose next elements lie at
+        the places."""
+        (at,) = places
+        if steps == 1:
+            return [self.broadcast(ir, buffer, at)]
+        words = ir.load(buffer, at, steps * self.kstep)
         if self.kstep > 1:
-            words = ir.reinterpret(words, self.word, self.ahead)
+            words = ir.reinterpret(words, self.word, steps)
         words = ir.let(words)
-        found = [ir.shuffle(words, [step] * self.lanes) for step in range(self.ahead)]
+        found = [ir.shuffle(words, [step] * self.lanes) for step in range(steps)]
         if self.kstep > 1:
-            width = self.lanes * self.kstep
-            found = [ir.reinterpret(vector, self.a_dtype, width) for vector in found]
+            found = [ir.reinterpret(vector, self.a_dtype, self.a_lanes) for vector in found]
         return found
+
+    @property
+    def a_lanes(self) -> int:
+        """Activations that one dot takes."""
+        return self.lanes * self.kstep
+
+    def begin(self, ir: IR, sums: Expr) -> Expr:
+        """What a dot adds to, where every row begins with the same sums, one per lane."""
+        return sums
+
+    def rows(self, ir: IR, acc: Expr) -> list[Expr]:
+        """The sums of every row, one per lane."""
+        return [acc]
 
     def block_registers(self, rows: int, vectors: int) -> int:
         """Vector registers that a block of sums takes, with what it multiplies."""
@@ -111,6 +125,8 @@ class Micro(ABC):
     spare: int = 5
     #: steps whose activations are loaded as one vector, where an instruction takes one lane of it
     ahead: int = 1
+    #: rows of activations that one dot multiplies
+    height: int = 1
     #: dtype and lanes of a partial sum
     partial_dtype: str = ""
     partial_lanes: int = 0

@@ -21,7 +21,7 @@ from hwmpq.formats import Format
 from hwmpq.kernels.codes import activation, memory_dtype
 from hwmpq.kernels.decode import Decoder
 from hwmpq.kernels.epilogue import Run
-from hwmpq.kernels.ir import IR, Buffer, Expr
+from hwmpq.kernels.ir import IR, Buffer, Expr, Part
 from hwmpq.kernels.micro import Micro
 from hwmpq.kernels.nests import Buffers, Call, Nest, Schedule
 from hwmpq.kernels.nests.gemm import blocks
@@ -33,6 +33,8 @@ from hwmpq.types import Workload
 _CHUNK, _RESIDENT = 8, 24 * 1024
 #: Rows of the result over an edge of the image that are emitted one by one, at most.
 EDGE = 4
+#: Rows for each thread from which rows are shared out.
+_ROWS = 10
 
 
 class Depthwise(Nest):
@@ -42,6 +44,8 @@ class Depthwise(Nest):
     def why_not(self, workload: Workload, fmt: Format, micro: Micro) -> str | None:
         if micro.acc_dtype == "float32" and micro.kstep > 1:
             return f"{micro.name} multiplies pairs of floats, a depthwise kernel single ones"
+        if micro.height > 1:
+            return f"{micro.name} multiplies {micro.height} pixels by the same weights"
         return None
 
     def channels(self, workload: Workload, micro: Micro) -> int:
@@ -89,12 +93,10 @@ class Depthwise(Nest):
 
 def _loads(g: Geometry, size: int) -> int:
     """Vectors of weights and of input under one row of windows, taken `size` pixels at a time."""
-    return sum(
-        count * (g.kw + len(_columns(g, pixels))) for count, pixels in blocks(g.out[1], size)
-    )
+    return sum(count * (g.kw + len(columns(g, pixels))) for count, pixels in blocks(g.out[1], size))
 
 
-def _columns(g: Geometry, count: int) -> set[int]:
+def columns(g: Geometry, count: int) -> set[int]:
     """Input columns under `count` neighbouring pixels, from the first window's first on."""
     return {pixel * g.sw + j * g.dw for pixel in range(count) for j in range(g.kw)}
 
@@ -130,7 +132,6 @@ class _Emitter:
     ):
         self.ir, self.micro, self.decoder, self.schedule = ir, micro, decoder, schedule
         self.bufs, self.g = bufs, Geometry.of(call.workload)
-        self.parallel = call.threads > 1
         self.run = micro.run_length(call.format)
         self.steps = _steps(call.workload, micro, decoder)
         self.floats = micro.acc_dtype == "float32"
@@ -184,23 +185,37 @@ class _Emitter:
         return table
 
     def emit(self) -> None:
-        ir, g = self.ir, self.g
-        outside = self.schedule.order == "vectors"
-        for first, many in self._chunks(self.parallel and outside):
-            with ir.loop(g.n) as image:
-                for row in self._rows(self.parallel and not outside):
+        inner = self.image.inner_rows(self.g)
+        first, behind = (inner[0], inner[-1] + 1) if len(inner) > 1 else (0, 0)
+        above, below = range(first), range(behind, self.g.out[0])
+        if not self._shares_rows(behind - first):
+            self._walk(above, (first, behind) if behind else None, below, parallel=True)
+            return
+        with self.ir.shared(behind - first) as (begin, end):
+            self._walk(range(0), (first + begin, first + end), range(0))
+        self._walk(above, None, below)
+
+    def _shares_rows(self, inner: int) -> bool:
+        """Whether threads share out the rows and not the channels: so do the neighbours of a layer
+        with many rows, and what one core wrote last, another one reads slowly."""
+        threads = self.ir.threads
+        return threads > 1 and (self.schedule.order == "rows" or inner >= _ROWS * threads)
+
+    def _walk(self, above: range, inner: Part | None, below: range, parallel: bool = False) -> None:
+        """These rows of all images. parallel: threads share the channels."""
+        for first, many in self._chunks(parallel):
+            with self.ir.loop(self.g.n) as image:
+                for row in self._rows(above, inner, below):
                     for start, count in self._groups():
                         self._vectors(image, row, start, count, first, many)
 
-    def _rows(self, parallel: bool) -> Iterator[Expr]:
-        """Rows of the result: those over an edge of the image as plain numbers, one by one."""
-        inner = self.image.inner_rows(self.g) or [0]
-        many = len(inner) if len(inner) > 1 else 0
-        yield from range(inner[0] if many else 0)
-        if many:
-            with self.ir.loop(many, parallel) as row:
-                yield inner[0] + row
-        yield from range(inner[0] + many if many else 0, self.g.out[0])
+    def _rows(self, above: range, inner: Part | None, below: range) -> Iterator[Expr]:
+        """Rows over an edge of the image as plain numbers, one by one; the others in a loop."""
+        yield from above
+        if inner:
+            with self.ir.between(*inner) as row:
+                yield row
+        yield from below
 
     def _chunks(self, parallel: bool) -> Iterator[tuple[Expr, int]]:
         """(first channel, channels) of the parts that are walked one after the other."""
@@ -229,7 +244,7 @@ class _Emitter:
         in a loop, the others one by one with a plain number as their first."""
         ow, size, inner = self.g.out[1], self.schedule.rows, []
         for start in range(0, ow - size + 1, size):
-            if not any(self._outside(start, column) for column in _columns(self.g, size)):
+            if not any(self._outside(start, column) for column in columns(self.g, size)):
                 inner.append(start)
         first, behind = (inner[0], inner[-1] + size) if len(inner) > 1 else (0, 0)
         for start in range(0, first, size):

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 from hwmpq.formats import Format
+from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.decode import Decoder
 from hwmpq.kernels.epilogue import Run
-from hwmpq.kernels.ir import IR, Buffer, Expr
+from hwmpq.kernels.ir import IR, Buffer, Expr, Part
 from hwmpq.kernels.micro import BYTES, Micro
 from hwmpq.kernels.nests import Buffers, Call, Schedule
 from hwmpq.kernels.nests.image import Geometry, copy_padded
@@ -117,32 +119,54 @@ class Emitter:
         self.p = Packing.of(self.g, micro, decoder.unit)
         self.epilogue = replace(bufs.epilogue, begun=True)
         self.run = micro.run_length(call.format)
-        self.parallel = call.threads > 1
         self.pixels = pixels_of(call.workload)
         #: pixels of a block
         self.rows = min(schedule.rows, self.pixels)
+        self.blocks = -(-self.pixels // self.rows)
+        #: dots that multiply them by one vector of weights, and the sums of one
+        self.strips, self.wide = -(-self.rows // micro.height), micro.height * micro.lanes
         self.sums: Buffer | None = None
 
     def emit(self) -> None:
         self.source = self._input()
         if not self.call.workload.has_weight:
-            with self.ir.loop(self.g.n, self.parallel) as image:
-                # one parallel loop only: TVM's threads do not nest
-                for vector, count in self._vector_blocks(parallel=self.parallel and self.g.n == 1):
-                    weight = self._operand(image, vector, count)
-                    for _, pixel in self._pixel_blocks():
-                        at = image * self.pixels + pixel
-                        self._block(0, at, vector, count, partial(weight, 0))
+            self._images()
             return
         with self.ir.loop(self.g.groups) as group:
-            if self.schedule.order == "rows":
-                weight = self._weights(group, 0, self.p.vectors)
-                for _, pixel in self._pixel_blocks(self.parallel):
-                    for vector, count in self._vector_blocks():
-                        self._block(group, pixel, vector, count, partial(weight, vector))
-            else:
-                for vector, count in self._vector_blocks(self.parallel):
-                    self._passes(group, vector, count)
+            by_pixels = self.schedule.order == "rows" or self._shares_pixels()
+            with self.ir.shared(self.blocks, by_pixels) as part:
+                if self.schedule.order == "rows":
+                    weight = self._weights(group, 0, self.p.vectors)
+                    for _, pixel in self._pixel_blocks(part):
+                        for vector, count in self._vector_blocks():
+                            self._block(group, pixel, vector, count, partial(weight, vector))
+                else:
+                    for vector, count in self._vector_blocks(parallel=not by_pixels):
+                        self._passes(group, vector, count, part)
+
+    def _images(self) -> None:
+        """A batched product. The blocks of all images are shared out as one row of them, so that
+        three images keep two threads busy: the one in the middle is packed by both."""
+        ir, blocks = self.ir, self.blocks
+        with ir.shared(self.g.n * blocks) as (first, behind):
+            with ir.between(first // blocks, (behind - 1) // blocks + 1) as image:
+                begin, end = 0, blocks
+                if ir.threads > 1:
+                    begin = ir.let(ir.maximum(first - image * blocks, 0))
+                    end = ir.let(ir.minimum(behind - image * blocks, blocks))
+                for vector, count in self._vector_blocks():
+                    weight = self._operand(image, vector, count)
+                    for _, pixel in self._pixel_blocks((begin, end)):
+                        at = image * self.pixels + pixel
+                        self._block(0, at, vector, count, partial(weight, 0))
+
+    def _shares_pixels(self) -> bool:
+        """Whether threads share out the pixels and not the weights, whichever are more bytes: what
+        one core wrote last, another one reads slowly."""
+        w, call = self.call.workload, self.call
+        moved = prod(w.in_shape) * BYTES[memory_dtype(call.x)]
+        moved += prod(w.out_shape) * BYTES[memory_dtype(call.out)]
+        return moved > prod(w.weight_shape) * call.format.weight.bits / 8
 
     def _vector_blocks(self, parallel: bool = False) -> Iterator[tuple[Expr, int]]:
         """Full blocks of whole vectors in a loop, then the rest with the partial vector."""
@@ -196,26 +220,26 @@ class Emitter:
 
         return weight
 
-    def _passes(self, group: Expr, vector: Expr, count: int) -> None:
-        """All pixels of a block of vectors. Weights that the L1 cache cannot hold are multiplied
+    def _passes(self, group: Expr, vector: Expr, count: int, part: Part) -> None:
+        """The pixels of a block of vectors. Weights that the L1 cache cannot hold are multiplied
         stretch by stretch of the reduction; the sums of all pixels wait in memory meanwhile."""
         ir, m, p = self.ir, self.micro, self.p
         depth = self._depth(count)
         if depth == p.steps:
             weight = partial(self._weights(group, vector, count), 0)
-            for _, pixel in self._pixel_blocks():
+            for _, pixel in self._pixel_blocks(part):
                 self._block(group, pixel, vector, count, weight)
             return
-        size = self.rows * count * m.lanes
-        sums = ir.scratch(-(-self.pixels // self.rows) * size, m.acc_dtype)
-        with ir.loop(-(-self.pixels // self.rows)) as block:
+        size = self.strips * count * self.wide
+        sums = ir.scratch(self.blocks * size, m.acc_dtype)
+        with ir.between(*part) as block:
             self._begin(sums, block * size, group, vector, count)
         for tap, offset in self._taps():
             with ir.loop(p.per_segment // depth) as piece:
                 begin = piece * depth
                 step = tap * p.per_segment + begin
                 weight = partial(self._weights(group, vector, count, step, depth), 0)
-                for block, pixel in self._pixel_blocks():
+                for block, pixel in self._pixel_blocks(part):
                     acc, at = ir.local(size, m.acc_dtype), block * size
                     for i in range(0, size, m.lanes):
                         ir.store(acc, i, ir.load(sums, at + i, m.lanes), m.lanes)
@@ -223,7 +247,7 @@ class Emitter:
                     self._reduce(acc, corners, offset + begin * m.kstep, 0, depth, count, weight)
                     for i in range(0, size, m.lanes):
                         ir.store(sums, at + i, ir.load(acc, i, m.lanes), m.lanes)
-        for block, pixel in self._pixel_blocks():
+        for block, pixel in self._pixel_blocks(part):
             self._finish(sums, block * size, group, pixel, vector, count)
 
     def _depth(self, count: int) -> int:
@@ -243,18 +267,18 @@ class Emitter:
         # shorter stretches would read and write the sums too often
         return max(fit) if fit and max(fit) * step * 4 >= _PASS else p.steps
 
-    def _pixel_blocks(self, parallel: bool = False) -> Iterator[tuple[Expr, Expr]]:
+    def _pixel_blocks(self, part: Part) -> Iterator[tuple[Expr, Expr]]:
         """(index, first pixel) of the blocks. The last one ends with the pixels: what it shares
         with its neighbour is computed twice, and the block's code exists once."""
         size = self.rows
-        with self.ir.loop(-(-self.pixels // size), parallel) as block:
+        with self.ir.between(*part) as block:
             pixel = block * size
             if self.pixels % size:
                 pixel = self.ir.minimum(pixel, self.pixels - size)
             yield block, pixel
 
     def _block(self, group: Expr, pixel: Expr, vector: Expr, count: int, weight: Any) -> None:
-        acc = self.ir.local(self.rows * count * self.micro.lanes, self.micro.acc_dtype)
+        acc = self.ir.local(self.strips * count * self.wide, self.micro.acc_dtype)
         self._begin(acc, 0, group, vector, count)
         corners = self._corners(group, pixel)
         length = self.p.per_segment
@@ -270,11 +294,13 @@ class Emitter:
             start = self.epilogue.first(ir, channel, lanes)
             if self.sums is not None:
                 start = ir.let(start + ir.load(self.sums, j * lanes, lanes))
-            for i in range(self.rows):
-                ir.store(acc, base + (i * count + j) * lanes, start, lanes)
+            for i in range(self.strips):
+                at = base + (i * count + j) * self.wide
+                ir.store(acc, at, self.micro.begin(ir, start), self.wide)
 
     def _corners(self, group: Expr, pixel: Expr) -> list[Expr]:
-        """Where the window of each pixel of a block begins in the input."""
+        """Where the window of each pixel of a block begins in the input. The last of them stands
+        again for those that a dot takes beside it."""
         g, (oh, ow), (height, width) = self.g, self.g.out, self.g.padded
 
         def corner(at: Expr) -> Expr:
@@ -284,9 +310,11 @@ class Emitter:
             return self.ir.let(inside + group * (g.cin // g.groups))
 
         if ow % self.rows and g.n * oh > 1:
-            return [corner(pixel + i) for i in range(self.rows)]
-        first = corner(pixel)
-        return [first + i * g.sw * g.cin for i in range(self.rows)]
+            corners = [corner(pixel + i) for i in range(self.rows)]
+        else:
+            first = corner(pixel)
+            corners = [first + i * g.sw * g.cin for i in range(self.rows)]
+        return corners + corners[-1:] * (self.strips * self.micro.height - self.rows)
 
     def _finish(
         self, acc: Buffer, base: Expr, group: Expr, pixel: Expr, vector: Expr, count: int
@@ -297,7 +325,9 @@ class Emitter:
         channel = (group * self.p.vectors + vector) * lanes
         runs = []
         for i in range(self.rows):
-            sums = [ir.load(acc, base + (i * count + j) * lanes, lanes) for j in range(count)]
+            strip, row = divmod(i, self.micro.height)
+            places = [base + (strip * count + j) * self.wide for j in range(count)]
+            sums = [self.micro.rows(ir, ir.load(acc, at, self.wide))[row] for at in places]
             at = (pixel + i) * g.cout + group * g.gout + vector * lanes
             runs.append(Run(sums[:whole], channel, at))
             if whole < count:
@@ -327,10 +357,10 @@ class Emitter:
             whole = length // m.ahead * m.ahead
             if whole:
                 with ir.loop(whole // m.ahead) as chunk:
-                    self._several(acc, places, steps, chunk * m.ahead, count, weight)
+                    self._steps(acc, places, steps, chunk * m.ahead, m.ahead, count, weight)
             if length > whole:
                 with ir.loop(length - whole) as k:
-                    self._step(acc, places, steps, whole + k, count, weight)
+                    self._steps(acc, places, steps, whole + k, 1, count, weight)
             return
         narrow = ir.local(self.rows * count * m.partial_lanes, m.partial_dtype)
         run = min(self.run, length)
@@ -347,43 +377,42 @@ class Emitter:
         """`length` dots summed narrowly, then widened into the accumulators."""
         ir, m = self.ir, self.micro
         for k in range(length):
-            self._step(narrow, places, steps, start + k, count, weight, first=k == 0)
+            self._narrow_step(narrow, places, steps, start + k, count, weight, first=k == 0)
         for i in range(self.rows * count):
             wide = ir.load(acc, i * m.lanes, m.lanes)
             sums = ir.load(narrow, i * m.partial_lanes, m.partial_lanes)
             ir.store(acc, i * m.lanes, m.widen(ir, wide, sums), m.lanes)
 
-    def _several(
-        self, acc: Buffer, places: list[Expr], steps: Expr, k: Expr, count: int, weight: Any
-    ) -> None:
-        """As many reduction steps as the micro-kernel loads activations for."""
-        ir, m = self.ir, self.micro
-        given = [m.broadcasts(ir, self.source, place + k * m.kstep) for place in places]
-        for step in range(m.ahead):
+    def _steps(
+        self, acc: Buffer, places: list[Expr], steps: Expr, k: Expr, many: int, count: int,
+        weight: Any,
+    ) -> None:  # fmt: skip
+        """`many` reduction steps of the block, whose activations are loaded at once."""
+        ir, m, wide = self.ir, self.micro, self.wide
+        given = [
+            m.operands(ir, self.source, [p + k * m.kstep for p in places[i : i + m.height]], many)
+            for i in range(0, len(places), m.height)
+        ]
+        for step in range(many):
             weights = [ir.let(weight(j, steps + k + step)) for j in range(count)]
             for i, activations in enumerate(given):
                 a = ir.let(activations[step])
                 for j in range(count):
-                    at = (i * count + j) * m.lanes
-                    value = m.dot(ir, ir.load(acc, at, m.lanes), a, weights[j])
-                    ir.store(acc, at, value, m.lanes)
+                    at = (i * count + j) * wide
+                    ir.store(acc, at, m.dot(ir, ir.load(acc, at, wide), a, weights[j]), wide)
 
-    def _step(
-        self, acc: Buffer, places: list[Expr], steps: Expr, k: Expr, count: int, weight: Any,
-        first: bool | None = None,
+    def _narrow_step(
+        self, narrow: Buffer, places: list[Expr], steps: Expr, k: Expr, count: int, weight: Any,
+        first: bool,
     ) -> None:  # fmt: skip
-        """One reduction step of the block; first is None without partial sums."""
+        """One reduction step into the partial sums, which begin with the first one."""
         ir, m = self.ir, self.micro
         weights = [ir.let(weight(j, steps + k)) for j in range(count)]
         for i, place in enumerate(places):
             a = ir.let(m.broadcast(ir, self.source, place + k * m.kstep))
             for j in range(count):
-                if first is None:
-                    at, lanes = (i * count + j) * m.lanes, m.lanes
-                    value = m.dot(ir, ir.load(acc, at, lanes), a, weights[j])
-                else:
-                    at, lanes = (i * count + j) * m.partial_lanes, m.partial_lanes
-                    value = m.partial(ir, a, weights[j])
-                    if not first:
-                        value = ir.load(acc, at, lanes) + value
-                ir.store(acc, at, value, lanes)
+                at, lanes = (i * count + j) * m.partial_lanes, m.partial_lanes
+                value = m.partial(ir, a, weights[j])
+                if not first:
+                    value = ir.load(narrow, at, lanes) + value
+                ir.store(narrow, at, value, lanes)

@@ -45,16 +45,15 @@ class Operand:
     def sums(self, tile: Buffer, count: int, factor: Expr) -> Buffer:
         """factor · Σ of every column of the tile, int32 [count][lanes]."""
         ir, m = self.ir, self.micro
-        width = m.lanes * m.kstep
-        sums = ir.local(count * m.lanes, m.acc_dtype)
-        ones = ir.const(1, m.a_dtype, width)
+        width, wide = m.lanes * m.kstep, m.height * m.lanes
+        sums, acc = ir.local(count * m.lanes, m.acc_dtype), ir.local(wide, m.acc_dtype)
+        ones = ir.const(1, m.a_dtype, m.a_lanes)
         for j in range(count):
-            ir.store(sums, j * m.lanes, ir.const(0, m.acc_dtype, m.lanes), m.lanes)
+            ir.store(acc, 0, ir.const(0, m.acc_dtype, wide), wide)
             with ir.loop(self.steps) as step:
                 w = ir.let(ir.load(tile, (j * self.steps + step) * width, width))
-                value = m.dot(ir, ir.load(sums, j * m.lanes, m.lanes), ones, w)
-                ir.store(sums, j * m.lanes, value, m.lanes)
-            value = ir.load(sums, j * m.lanes, m.lanes) * ir.broadcast(factor, m.lanes)
+                ir.store(acc, 0, m.dot(ir, ir.load(acc, 0, wide), ones, w), wide)
+            value = m.rows(ir, ir.load(acc, 0, wide))[0] * ir.broadcast(factor, m.lanes)
             ir.store(sums, j * m.lanes, value, m.lanes)
         return sums
 

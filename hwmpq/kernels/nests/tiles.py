@@ -114,15 +114,14 @@ class _Emitter:
         self.source = copy_padded(
             ir, g, self.bufs, self.call.x, self.micro.a_dtype, self.micro.vector_bytes, force=over
         )
-        parallel = self.call.threads > 1
         if not self.call.workload.has_weight:
-            with ir.loop(g.n, parallel) as image, self._tile_registers():
+            with ir.loop(g.n, parallel=True) as image, self._tile_registers():
                 for vector, count in self._vector_blocks():
                     tile = self._operand(image, vector, count)
                     self._image(0, image, vector, count, tile, 0)
         elif self.schedule.order == "vectors":
             with ir.loop(g.groups) as group:
-                for vector, count in self._vector_blocks(parallel):
+                for vector, count in self._vector_blocks(parallel=True):
                     with self._tile_registers():
                         weight, at = self._weights(group, vector, count)
                         with ir.loop(g.n) as image:
@@ -130,7 +129,7 @@ class _Emitter:
         else:
             with ir.loop(g.groups) as group:
                 weight, at = self._weights(group, 0, p.vectors)
-                with ir.loop(g.n * self.lines.count, parallel) as line, self._tile_registers():
+                with ir.loop(g.n * self.lines.count, parallel=True) as line, self._tile_registers():
                     for vector, count in self._vector_blocks():
                         first = at + vector * p.steps
                         self._line(group, line, vector, count, weight, first)

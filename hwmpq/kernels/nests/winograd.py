@@ -127,6 +127,10 @@ class Winograd(Nest):
         t = Tiling.of(call.workload, micro, 1)
         return [schedule for _, schedule in _ordered(t, micro, call.format)]
 
+    def products(self, workload: Workload, micro: Micro) -> int:
+        t = Tiling.of(workload, micro, 1)
+        return t.tiles * POINTS * t.g.cin * t.g.cout
+
     def estimate(self, workload: Workload, fmt: Format, micro: Micro) -> float:
         t = Tiling.of(workload, micro, 1)
         return _DOUBT * _ordered(t, micro, fmt)[0][0] / workload.macs

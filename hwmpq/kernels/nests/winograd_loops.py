@@ -92,7 +92,6 @@ class Emitter:
         self.schedule, self.bufs, self.t = schedule, bufs, tiling
         self.block = tiling.block(schedule)
         self.rows = min(schedule.rows, self.block)
-        self.parallel = call.threads > 1
 
     def emit(self) -> None:
         ir, t = self.ir, self.t
@@ -109,9 +108,9 @@ class Emitter:
         """All weights first, then a block of tiles at a time; the last one overlaps another."""
         ir, t = self.ir, self.t
         weights = _Square.of(ir, t.steps * t.width, "int16", 2, t.vectors)
-        with ir.loop(t.vectors, self.parallel) as vector:
+        with ir.loop(t.vectors, parallel=True) as vector:
             self._weights(weights, vector * weights.size, vector, 0, t.steps)
-        with ir.loop(-(-t.tiles // self.block), self.parallel) as index:
+        with ir.loop(-(-t.tiles // self.block), parallel=True) as index:
             first = ir.let(ir.minimum(index * self.block, t.tiles - self.block))
             data = self._data(first)
             for vector, count in self._vector_blocks():
@@ -122,8 +121,8 @@ class Emitter:
     def _channels_outside(self) -> None:
         """All tiles first, then a block of channels at a time, its weights piece by piece."""
         ir, t = self.ir, self.t
-        data = self._data(0, self.parallel)
-        for vector, count in self._vector_blocks(self.parallel):
+        data = self._data(0, parallel=True)
+        for vector, count in self._vector_blocks(parallel=True):
             sums = self._sums(count)
             length = self._piece(count)
             weights = _Square.of(ir, length * t.width, "int16", 2, count)
