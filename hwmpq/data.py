@@ -162,7 +162,7 @@ def _npz(text: str, normalization: Normalization | None) -> DataSet:
     path, prefix = Path(file), f"{part}_" if part else ""
     if not path.is_file():
         raise InputError("no such data file", path, FORMS)
-    found = _arrays(path)
+    found = arrays(path)
     if f"{prefix}images" not in found:
         raise InputError(f"no array {prefix}images in {path}", ", ".join(found))
     images, labels = found[f"{prefix}images"], found.get(f"{prefix}labels")
@@ -177,7 +177,7 @@ def _npz(text: str, normalization: Normalization | None) -> DataSet:
     return DataSet(images, None if labels is None else _labels(labels), *normalization, name=text)
 
 
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+def arrays(path: Path) -> dict[str, NDArray[Any]]:
     """All arrays of an npz file, none of them unpickled."""
     try:
         with path.open("rb") as file:

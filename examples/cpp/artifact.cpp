@@ -5,19 +5,19 @@
 #include <openssl/evp.h>
 #include <openssl/pem.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <set>
-#include <sstream>
+
+#include "cpu.h"
 
 namespace {
 
 const std::string kManifest = "manifest.json", kSignature = "manifest.sig";
-const std::string kLibrary = "model.so", kParameters = "parameters.safetensors";
+const std::string kParameters = "parameters.safetensors";
 constexpr off_t kMostManifest = off_t{1} << 26, kMostSignature = 64;
 constexpr uint64_t kMostHeader = 100u << 20;
 
@@ -73,9 +73,11 @@ void check_signature(const std::string &manifest, const std::string &signature,
     throw Refused("the signature does not fit " + key);
 }
 
-void check_names(const std::string &folder, const Json &files) {
-  std::set<std::string> present = names_in(folder);
-  for (const std::string &name : {kLibrary, kParameters})
+void check_names(const std::string &folder, const Manifest &manifest) {
+  const Json &files = manifest.files;
+  std::set<std::string> present = names_in(folder), needed = {kParameters};
+  for (const Program &program : manifest.programs) needed.insert(program.library);
+  for (const std::string &name : needed)
     if (!files.find(name)) throw Refused("the manifest does not list " + name);
   for (const std::string &name : files.names) {
     if (name.empty() || name == "." || name == ".." || name == kManifest || name == kSignature ||
@@ -89,31 +91,20 @@ void check_names(const std::string &folder, const Json &files) {
 }
 
 void check_cpu(const Manifest &manifest) {
-  std::ifstream file("/proc/cpuinfo");
-  std::set<std::string> flags;
-  for (std::string line; flags.empty() && std::getline(file, line);)
-    if (line.rfind("flags", 0) == 0 || line.rfind("Features", 0) == 0) {
-      std::istringstream words(line.substr(line.find(':') + 1));
-      for (std::string word; words >> word;) flags.insert(word);
-    }
+  const std::set<std::string> flags = cpu_flags();
+  if (flags.empty()) return; // this system does not tell: the library itself is the next check
   for (const std::string &flag : manifest.cpu_flags)
     if (!flags.count(flag))
       throw Refused("this CPU cannot run an artifact for " + manifest.target + ": no " + flag);
 }
 
-// Linux gives a process AMX's tiles when it asks: Documentation/arch/x86/xstate.rst.
 void ask_for_tiles(const Manifest &manifest) {
-#ifdef __x86_64__
-  constexpr long kRequest = 0x1023, kTileData = 18;
-  for (const std::string &flag : manifest.cpu_flags)
-    if (flag == "amx_tile" && syscall(SYS_arch_prctl, kRequest, kTileData))
-      throw Refused("Linux refuses this process the AMX tile registers");
-#else
-  (void)manifest;
-#endif
+  const std::vector<std::string> &flags = manifest.cpu_flags;
+  if (std::count(flags.begin(), flags.end(), "amx_tile") && !may_use_tiles())
+    throw Refused("Linux refuses this process the AMX tile registers");
 }
 
-std::vector<Parameter> read_parameters(const std::string &raw, const Manifest &manifest) {
+std::map<std::string, Parameter> read_parameters(const std::string &raw, const Manifest &manifest) {
   static const std::map<std::string, std::string> kTypes = {
       {"F64", "float64"}, {"F32", "float32"}, {"F16", "float16"}, {"I64", "int64"},
       {"I32", "int32"}, {"I16", "int16"}, {"I8", "int8"}, {"U64", "uint64"},
@@ -125,8 +116,11 @@ std::vector<Parameter> read_parameters(const std::string &raw, const Manifest &m
   if (size > raw.size() - sizeof size || size > kMostHeader) throw damaged;
   const Json header = parse_json(raw.substr(sizeof size, size));
   const size_t body = sizeof size + size;
-  std::vector<Parameter> found;
-  for (const std::string &name : manifest.parameters) {
+  std::set<std::string> names;
+  for (const Program &program : manifest.programs)
+    names.insert(program.parameters.begin(), program.parameters.end());
+  std::map<std::string, Parameter> found;
+  for (const std::string &name : names) {
     const Json *entry = header.find(name);
     const Json *dtype = entry ? entry->find("dtype") : nullptr;
     const Json *shape = entry ? entry->find("shape") : nullptr;
@@ -146,7 +140,7 @@ std::vector<Parameter> read_parameters(const std::string &raw, const Manifest &m
         static_cast<uint64_t>(end) > raw.size() - body)
       throw damaged;
     parameter.bytes = raw.substr(body + begin, bytes);
-    found.push_back(std::move(parameter));
+    found.emplace(name, std::move(parameter));
   }
   return found;
 }
@@ -167,18 +161,32 @@ Artifact open_artifact(const std::string &folder, const std::vector<std::string>
   }
   Artifact artifact{read_manifest(raw), {}, {}};
   const Manifest &manifest = artifact.manifest;
-  check_names(folder, manifest.files);
+  check_names(folder, manifest);
   check_cpu(manifest);
+  std::set<std::string> libraries;
+  for (const Program &program : manifest.programs) libraries.insert(program.library);
   std::string parameters;
   for (const std::string &name : manifest.files.names) {
     std::string bytes = read_in(folder, name);
     const Json &expected = *manifest.files.find(name);
     if (!expected.is(Json::Kind::String) || sha256(bytes) != expected.text)
       throw Refused("file " + name + " was changed");
-    if (name == kLibrary) artifact.library = std::move(bytes);
-    else if (name == kParameters) parameters = std::move(bytes);
+    if (name == kParameters) parameters = bytes;
+    if (libraries.count(name)) artifact.libraries[name] = std::move(bytes);
   }
   artifact.parameters = read_parameters(parameters, manifest);
   ask_for_tiles(manifest);
+  return artifact;
+}
+
+Artifact take_embedded(const std::string &raw, const std::string &parameters) {
+  Artifact artifact{read_manifest(raw), {}, {}};
+  artifact.manifest.programs.resize(1); // what --system-lib compiles
+  check_cpu(artifact.manifest);
+  const Json *expected = artifact.manifest.files.find(kParameters);
+  if (!expected || sha256(parameters) != expected->text)
+    throw Refused("file " + kParameters + " was changed");
+  artifact.parameters = read_parameters(parameters, artifact.manifest);
+  ask_for_tiles(artifact.manifest);
   return artifact;
 }

@@ -1,6 +1,7 @@
 // hwmpq_runner run ARTIFACT --input x.bin ... --output y.bin ...   raw tensors: C order, no header
 // hwmpq_runner bench ARTIFACT [--rounds N]      seconds per call as one JSON object
 // hwmpq_runner check ARTIFACT ...               loads each; a line for each: ok, or refused and why
+// A program with an artifact linked into it takes that one and no ARTIFACT.
 // Options of all: --require-signature KEY.pub (beside the key that HWMPQ_REQUIRE_SIGNATURE names),
 // --threads N. Exit codes: 0 done, 2 refused or wrong usage.
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <fstream>
 #include <iostream>
 
+#include "embedded.h"
 #include "model.h"
 
 namespace {
@@ -52,8 +54,18 @@ Model load(const Options &options, const std::string &folder) {
   return Model(open_artifact(folder, options.keys), options.threads);
 }
 
+Model load_one(const Options &options) {
+#ifdef HWMPQ_EMBEDDED
+  if (!options.artifacts.empty()) throw Refused("this program runs the artifact inside it only");
+  return Model(open_embedded(), options.threads);
+#else
+  if (options.artifacts.size() != 1) throw Refused("one ARTIFACT is expected");
+  return load(options, options.artifacts[0]);
+#endif
+}
+
 int run(const Options &options) {
-  Model model = load(options, options.artifacts[0]);
+  Model model = load_one(options);
   std::vector<std::string> inputs;
   for (const std::string &path : options.inputs) inputs.push_back(read_file(path));
   if (options.outputs.size() != model.manifest().outputs.size())
@@ -68,7 +80,7 @@ int run(const Options &options) {
 }
 
 int bench(const Options &options) {
-  Model model = load(options, options.artifacts[0]);
+  Model model = load_one(options);
   model.time(1);
   int count = 1;
   while (model.time(count) < kEpoch && count < 1 << 24) count *= 2;
@@ -104,8 +116,8 @@ int main(int count, char **words) {
     const Options options = read_options(count, words);
     const std::string command = count > 1 ? words[1] : "";
     if (command == "check" && !options.artifacts.empty()) return check(options);
-    if (command == "run" && options.artifacts.size() == 1) return run(options);
-    if (command == "bench" && options.artifacts.size() == 1) return bench(options);
+    if (command == "run") return run(options);
+    if (command == "bench") return bench(options);
     throw Refused("usage: hwmpq_runner run|bench|check ARTIFACT ...");
   } catch (const std::exception &error) {
     std::cerr << "error: " << error.what() << std::endl;

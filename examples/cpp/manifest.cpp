@@ -72,6 +72,17 @@ bool is_target(const Json &value) {
   return name && is_name(*name) && flags && are_names(*flags);
 }
 
+bool are_different_names(const Json &value) {
+  return are_names(value) && are_different(texts(value));
+}
+
+bool is_batch(const Json &value) {
+  const Json *size = value.find("size"), *library = value.find("library");
+  const Json *parameters = value.find("parameters");
+  return library && is_name(*library) && size && size->is(Kind::Integer) && size->integer > 0 &&
+         size->integer <= kMostElements && parameters && are_different_names(*parameters);
+}
+
 bool is_hash(const Json &value) {
   return value.is(Kind::String) && value.text.size() == 64 &&
          value.text.find_first_not_of("0123456789abcdef") == std::string::npos;
@@ -90,10 +101,33 @@ bool good(const std::string &key, const Json &value) {
   if (key == "assignment")
     return value.is(Kind::Object) && std::all_of(value.items.begin(), value.items.end(), is_name);
   if (key == "calls") return are_names(value);
-  if (key == "parameters") return are_names(value) && are_different(texts(value));
+  if (key == "parameters") return are_different_names(value);
   if (key == "interface") return is_hash(value);
   if (key == "kernels") return are_objects(value);
+  if (key == "batches")
+    return value.is(Kind::List) && std::all_of(value.items.begin(), value.items.end(), is_batch);
   return value.is(Kind::Object);
+}
+
+std::vector<Json> batches_of(const Json &manifest) {
+  const Json *batches = manifest.find("batches");
+  return batches ? batches->items : std::vector<Json>();
+}
+
+// Do the batch sizes differ, and can every input and output be so long?
+bool batches_fit(const Json &manifest) {
+  std::set<int64_t> sizes, firsts;
+  const std::vector<Json> batches = batches_of(manifest);
+  for (const Json &batch : batches) sizes.insert(batch.find("size")->integer);
+  for (const char *kind : {"inputs", "outputs"})
+    for (const TensorSpec &spec : tensors(*manifest.find(kind))) {
+      firsts.insert(spec.shape.empty() ? 0 : spec.shape[0]);
+      int64_t row = 1;
+      for (size_t i = 1; i < spec.shape.size(); ++i) row *= spec.shape[i];
+      if (!sizes.empty() && row > kMostElements / *sizes.rbegin()) return false;
+    }
+  return batches.empty() || (sizes.size() == batches.size() && firsts.size() == 1 &&
+                             !sizes.count(*firsts.begin()));
 }
 
 std::string interface_of(const Json &manifest) {
@@ -107,6 +141,12 @@ std::string interface_of(const Json &manifest) {
     }
   for (const std::string kind : {"calls", "parameters"})
     for (const std::string &name : texts(*manifest.find(kind))) lines += kind + ' ' + name + '\n';
+  for (const Json &batch : batches_of(manifest)) {
+    lines += "batch " + std::to_string(batch.find("size")->integer) + ' ' +
+             batch.find("library")->text + '\n';
+    for (const std::string &name : texts(*batch.find("parameters")))
+      lines += "parameters " + name + '\n';
+  }
   return sha256(lines);
 }
 
@@ -118,6 +158,12 @@ int dtype_bytes(const std::string &dtype) {
       {"int8", 1}, {"uint64", 8}, {"uint32", 4}, {"uint16", 2}, {"uint8", 1}, {"bool", 1}};
   const auto found = kBytes.find(dtype);
   return found == kBytes.end() ? 0 : found->second;
+}
+
+size_t nbytes(const TensorSpec &spec) {
+  size_t bytes = dtype_bytes(spec.dtype);
+  for (int64_t extent : spec.shape) bytes *= extent;
+  return bytes;
 }
 
 std::string sha256(const std::string &bytes) {
@@ -143,17 +189,23 @@ Manifest read_manifest(const std::string &raw) {
                           "parameters", "files", "interface"})
     if (!found.find(key) || !good(key, *found.find(key)))
       throw Refused(std::string("the manifest is damaged: no ") + key);
-  for (const char *key : {"kernels", "versions"})
+  for (const char *key : {"kernels", "versions", "latency_s", "accuracy", "batches"})
     if (found.find(key) && !good(key, *found.find(key)))
       throw Refused(std::string("the manifest is damaged: no ") + key);
+  if (!batches_fit(found)) throw Refused("the manifest is damaged: no batches");
   if (interface_of(found) != found.find("interface")->text)
     throw Refused("inputs, outputs, calls or parameters in the manifest were changed");
   Manifest manifest;
   manifest.target = found.find("target")->find("name")->text;
   manifest.cpu_flags = texts(*found.find("target")->find("cpu_flags"));
-  manifest.parameters = texts(*found.find("parameters"));
   manifest.inputs = tensors(*found.find("inputs"));
   manifest.outputs = tensors(*found.find("outputs"));
+  const std::vector<int64_t> &shape = manifest.inputs[0].shape;
+  manifest.programs.push_back(
+      {shape.empty() ? 1 : shape[0], "model.so", texts(*found.find("parameters"))});
+  for (const Json &batch : batches_of(found))
+    manifest.programs.push_back({batch.find("size")->integer, batch.find("library")->text,
+                                 texts(*batch.find("parameters"))});
   manifest.files = *found.find("files");
   manifest.threads = static_cast<int>(found.find("threads")->integer);
   return manifest;

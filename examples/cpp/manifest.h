@@ -12,9 +12,17 @@ struct TensorSpec {
   std::vector<int64_t> shape;
 };
 
+// What was compiled for one batch size.
+struct Program {
+  int64_t size = 1;
+  std::string library;                 // its file
+  std::vector<std::string> parameters; // in the order in which it takes them, after the inputs
+};
+
 struct Manifest {
   std::string target;
-  std::vector<std::string> cpu_flags, parameters;
+  std::vector<std::string> cpu_flags;
+  std::vector<Program> programs; // the first is that of the shapes in `inputs`
   std::vector<TensorSpec> inputs, outputs;
   Json files; // name -> SHA-256
   int threads = 1;
@@ -25,5 +33,8 @@ Manifest read_manifest(const std::string &raw);
 
 // Bytes of an element; 0 for a type that a border of a network or a parameter cannot have.
 int dtype_bytes(const std::string &dtype);
+
+// Bytes of a tensor.
+size_t nbytes(const TensorSpec &spec);
 
 std::string sha256(const std::string &bytes); // in lower-case hexadecimal digits

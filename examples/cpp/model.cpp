@@ -4,6 +4,9 @@
 #include <sched.h>
 #include <sys/mman.h>
 #include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -95,39 +98,64 @@ std::string bytes_of(const ffi::Tensor &found) {
 
 } // namespace
 
+struct Model::Compiled {
+  ffi::Optional<ffi::Module> library, machine; // the machine lives in the library
+  ffi::Optional<ffi::Function> main;
+  std::vector<ffi::Any> arguments; // inputs, then parameters
+
+  ffi::Any call() const {
+    ffi::Any result;
+    const std::vector<ffi::AnyView> views(arguments.begin(), arguments.end());
+    (*main).CallPacked(views.data(), static_cast<int32_t>(views.size()), &result);
+    return result;
+  }
+};
+
 Model::Model(Artifact artifact, int threads) : manifest_(std::move(artifact.manifest)) {
   if (threads > 1 && manifest_.threads == 1) throw Refused("it was built for one thread");
   if (manifest_.threads > 1) use_threads(threads ? threads : manifest_.threads);
-  try {
-    library_ = load_library(artifact.library);
-    machine_ = (*(*library_)->GetFunction("vm_load_executable"))().cast<ffi::Module>();
-    (*(*machine_)->GetFunction("vm_initialization"))(static_cast<int>(kDLCPU), 0, kPooledAllocator);
-    main_ = (*machine_)->GetFunction("main");
-  } catch (const ffi::Error &error) {
-    throw Refused("the library cannot be loaded: " + std::string(error.message()));
+  std::map<std::string, ffi::Tensor> parameters; // batch sizes share what is packed alike for them
+  for (const auto &[name, one] : artifact.parameters)
+    parameters.emplace(name, tensor(one.shape, one.dtype, one.bytes));
+  for (const Program &program : manifest_.programs) {
+    Compiled compiled;
+    try {
+      compiled.library = artifact.libraries.empty()
+                             ? ffi::Function::GetGlobalRequired("ffi.SystemLib")().cast<ffi::Module>()
+                             : load_library(artifact.libraries.at(program.library));
+      compiled.machine = (*(*compiled.library)->GetFunction("vm_load_executable"))()
+                             .cast<ffi::Module>();
+      const auto initialize = (*compiled.machine)->GetFunction("vm_initialization");
+      (*initialize)(static_cast<int>(kDLCPU), 0, kPooledAllocator);
+      compiled.main = (*compiled.machine)->GetFunction("main");
+    } catch (const ffi::Error &error) {
+      throw Refused("the library cannot be loaded: " + std::string(error.message()));
+    }
+    compiled.arguments.resize(manifest_.inputs.size());
+    for (const std::string &name : program.parameters)
+      compiled.arguments.emplace_back(parameters.at(name));
+    programs_.push_back(std::make_shared<Compiled>(std::move(compiled)));
   }
-  arguments_.resize(manifest_.inputs.size());
-  for (const Parameter &parameter : artifact.parameters)
-    arguments_.emplace_back(tensor(parameter.shape, parameter.dtype, parameter.bytes));
 }
 
-void Model::set_inputs(const std::vector<std::string> &inputs) {
-  if (inputs.size() != manifest_.inputs.size())
-    throw Refused(std::to_string(manifest_.inputs.size()) + " inputs are expected");
-  for (size_t i = 0; i < inputs.size(); ++i)
-    arguments_[i] = tensor(manifest_.inputs[i].shape, manifest_.inputs[i].dtype, inputs[i]);
-}
-
-ffi::Any Model::call() {
-  ffi::Any result;
-  const std::vector<ffi::AnyView> views(arguments_.begin(), arguments_.end());
-  (*main_).CallPacked(views.data(), static_cast<int32_t>(views.size()), &result);
-  return result;
+Model::Compiled &Model::take(const std::vector<std::string> &inputs) {
+  const std::vector<TensorSpec> &specs = manifest_.inputs;
+  if (inputs.size() != specs.size())
+    throw Refused(std::to_string(specs.size()) + " inputs are expected");
+  size_t which = 0; // where no size fits, the first tells what is expected
+  const size_t row = nbytes(specs[0]) / manifest_.programs[0].size;
+  for (size_t i = 1; i < programs_.size(); ++i)
+    if (inputs[0].size() == row * manifest_.programs[i].size) which = i;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    std::vector<int64_t> shape = specs[i].shape;
+    if (which) shape[0] = manifest_.programs[which].size;
+    programs_[which]->arguments[i] = tensor(shape, specs[i].dtype, inputs[i]);
+  }
+  return *programs_[which];
 }
 
 std::vector<std::string> Model::run(const std::vector<std::string> &inputs) {
-  set_inputs(inputs);
-  const ffi::Any result = call();
+  const ffi::Any result = take(inputs).call();
   if (const auto one = result.as<ffi::Tensor>()) return {bytes_of(*one)};
   std::vector<std::string> outputs;
   for (const ffi::Tensor &found : result.cast<ffi::Array<ffi::Tensor>>())
@@ -136,16 +164,10 @@ std::vector<std::string> Model::run(const std::vector<std::string> &inputs) {
 }
 
 double Model::time(int count) {
-  if (arguments_[0] == nullptr) {
-    std::vector<std::string> zeros;
-    for (const TensorSpec &spec : manifest_.inputs) {
-      size_t bytes = dtype_bytes(spec.dtype);
-      for (int64_t extent : spec.shape) bytes *= extent;
-      zeros.emplace_back(bytes, '\0');
-    }
-    set_inputs(zeros);
-  }
+  std::vector<std::string> zeros;
+  for (const TensorSpec &spec : manifest_.inputs) zeros.emplace_back(nbytes(spec), '\0');
+  const Compiled &program = take(zeros);
   const auto began = std::chrono::steady_clock::now();
-  for (int i = 0; i < count; ++i) call();
+  for (int i = 0; i < count; ++i) program.call();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
 }

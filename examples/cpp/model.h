@@ -1,10 +1,7 @@
 // An artifact loaded into TVM's runtime. One instance per thread, or a lock around it.
 #pragma once
 
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/extra/module.h>
-#include <tvm/ffi/function.h>
-
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,18 +14,19 @@ public:
 
   const Manifest &manifest() const { return manifest_; }
 
-  // inputs: bytes of each, in C order; outputs alike. Throws Refused for a wrong number or size.
+  // inputs: bytes of each, in C order, at one of the batch sizes; outputs alike. Throws Refused for
+  // a wrong number or size.
   std::vector<std::string> run(const std::vector<std::string> &inputs);
 
-  // Seconds of `count` calls on inputs of zeros.
+  // Seconds of `count` calls on inputs of zeros, at the first batch size.
   double time(int count);
 
 private:
-  void set_inputs(const std::vector<std::string> &inputs);
-  tvm::ffi::Any call();
+  struct Compiled; // a program with its arguments, in TVM's types
+
+  // The program for the inputs' batch size, with these inputs.
+  Compiled &take(const std::vector<std::string> &inputs);
 
   Manifest manifest_;
-  tvm::ffi::Optional<tvm::ffi::Module> library_, machine_; // the machine lives in the library
-  tvm::ffi::Optional<tvm::ffi::Function> main_;
-  std::vector<tvm::ffi::Any> arguments_; // inputs, then parameters
+  std::vector<std::shared_ptr<Compiled>> programs_; // as in the manifest
 };

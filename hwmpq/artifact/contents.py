@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def open_artifact(folder: Path, keys: tuple[Path, ...] = ()) -> Contents:
             f"inputs, outputs, calls or parameters in the manifest of {folder} were changed",
             "another SHA-256", None, "Copy the artifact again; do not run it.",
         )  # fmt: skip
-    _check_names(folder, manifest["files"])
+    _check_names(folder, manifest["files"], spec.libraries(manifest).values())
     return Contents(folder, manifest)
 
 
@@ -87,9 +87,9 @@ def _signature(folder: Path) -> bytes:
     return read(folder, signature.FILE) if signature.FILE in _names(folder) else b""
 
 
-def _check_names(folder: Path, files: Mapping[str, str]) -> None:
+def _check_names(folder: Path, files: Mapping[str, str], libraries: Iterable[str]) -> None:
     """Raises InputError unless the folder holds just what the manifest lists."""
-    for name in (spec.LIBRARY, spec.PARAMETERS):
+    for name in (*libraries, spec.PARAMETERS):
         if name not in files:
             raise InputError(f"the manifest of {folder} does not list a file", name)
     reserved = {MANIFEST, signature.FILE}

@@ -64,6 +64,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(contents.manifest)
 
 
+def add_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Put what was measured on a whole artifact into its manifest; a signature would not fit then.
+
+    facts: entries of the manifest, in place of those of the same names; a number that is none
+    becomes null. Raises InputError, OSError.
+    """
+    told = json.loads(json.dumps(facts), parse_constant=lambda _: None)
+    write_json(folder / f".{MANIFEST}", {**read_manifest(folder), **told})
+    os.replace(folder / f".{MANIFEST}", folder / MANIFEST)
+
+
+def nbytes(folder: Path) -> int:
+    """Of all files of an artifact."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
 def sign(folder: Path, key: Path) -> Path:
     """Sign an artifact that is whole; a signature that was there is replaced: its path.
 

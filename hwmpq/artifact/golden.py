@@ -22,7 +22,7 @@ def checksum(stored: NDArray[Any]) -> str:
 
 @dataclass(frozen=True)
 class Replay:
-    """max_abs: largest difference of an output; top1_agreement: % of samples with the same argmax;
+    """max_abs: largest difference of an output; top1_agreement: % of runs with the same argmax;
     exact: every output bit is equal; first_difference: first tensor whose checksum differs."""
 
     samples: int
@@ -33,7 +33,7 @@ class Replay:
 
 
 def replay(artifact: Artifact) -> Replay:
-    """Run the golden inputs and compare with the golden outputs.
+    """Run the golden inputs, at every batch size, and compare with the golden outputs.
 
     Raises InputError when the artifact holds no golden samples.
     """
@@ -41,24 +41,33 @@ def replay(artifact: Artifact) -> Replay:
     count = int(metadata.get("samples", "0"))
     if not count:
         raise InputError(f"artifact {artifact.path} has no golden samples")
-    names = [entry["name"] for entry in artifact.manifest["inputs"]]
-    worst, agree, first = 0.0, 0, ""
-    exact = True
-    for k in range(count):
-        inputs = [arrays[f"{k}.input.{n}"] for n in names]
-        result = artifact(*inputs)
+    samples = [
+        {
+            kind: [arrays[f"{k}.{kind[:-1]}.{e['name']}"] for e in artifact.manifest[kind]]
+            for kind in ("inputs", "outputs")
+        }
+        for k in range(count)
+    ]
+    runs = samples + [_in_rows(samples, size) for size in artifact.sizes[1:]]
+    worst, agree, exact = 0.0, 0, True
+    for run in runs:
+        result = artifact(*run["inputs"])
         outputs = result if isinstance(result, list) else [result]
-        for i, entry in enumerate(artifact.manifest["outputs"]):
-            want = arrays[f"{k}.output.{entry['name']}"]
-            difference = np.abs(outputs[i].astype(np.float64) - want)
+        for got, want in zip(outputs, run["outputs"], strict=True):
+            difference = np.abs(got.astype(np.float64) - want)
             worst = max(worst, float(difference.max(initial=0.0)))
-            exact = exact and bool(np.array_equal(outputs[i], want))
-            if i == 0:
-                rows = want.reshape(len(want), -1).argmax(1)
-                agree += int((outputs[0].reshape(len(want), -1).argmax(1) == rows).all())
-        if not first:
-            first = _first_difference(artifact, inputs, metadata, k)
-    return Replay(count, worst, 100.0 * agree / count, exact, first)
+            exact = exact and bool(np.array_equal(got, want))
+        got, want = (o[0].reshape(len(o[0]), -1).argmax(1) for o in (outputs, run["outputs"]))
+        agree += int((got == want).all())
+    differ = (_first_difference(artifact, s["inputs"], metadata, k) for k, s in enumerate(samples))
+    return Replay(count, worst, 100.0 * agree / len(runs), exact, next(filter(None, differ), ""))
+
+
+def _in_rows(samples: list[dict[str, list[NDArray[Any]]]], size: int) -> dict[str, Any]:
+    """The rows of the samples, from the first one again where they end, as one of a batch size."""
+    whole = {kind: list(map(np.concatenate, zip(*(s[kind] for s in samples), strict=True)))
+             for kind in samples[0]}  # fmt: skip
+    return {k: [a[np.arange(size) % len(a)] for a in arrays] for k, arrays in whole.items()}
 
 
 def _first_difference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,9 +13,10 @@ VERSION = 1
 KIND = "hwmpq-artifact"
 LIBRARY, PARAMETERS, GOLDEN = "model.so", "parameters.safetensors", "golden.safetensors"
 #: Types that a tensor at the border of the network may have.
-DTYPES = frozenset(
-    "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool".split()
-)
+DTYPES = (
+    "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32",
+    "uint16", "uint8", "bool",
+)  # fmt: skip
 _MOST_THREADS = 1024
 _MOST_ELEMENTS = 2**31
 
@@ -39,7 +41,8 @@ def parse(raw: bytes) -> Any:
 
 def interface(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of what a caller relies on: a line for each input, output, call and parameter, in
-    order. It stands in the manifest itself and finds entries that were changed or exchanged."""
+    order, then for each further batch size and its parameters. It stands in the manifest itself
+    and finds entries that were changed or exchanged."""
     lines = []
     for kind in ("inputs", "outputs"):
         for entry in manifest[kind]:
@@ -47,13 +50,35 @@ def interface(manifest: Mapping[str, Any]) -> str:
             lines.append(f"{kind} {entry['name']} {entry['dtype']} {shape}\n")
     for kind in ("calls", "parameters"):
         lines += [f"{kind} {name}\n" for name in manifest[kind]]
+    for batch in manifest.get("batches", ()):
+        lines.append(f"batch {batch['size']} {batch['library']}\n")
+        lines += [f"parameters {name}\n" for name in batch["parameters"]]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def libraries(manifest: Mapping[str, Any]) -> dict[int, str]:
+    """Batch size -> file of the library for it; the first is that of `inputs`, in any artifact."""
+    first = manifest["inputs"][0]["shape"][:1] or [1]
+    return {first[0]: LIBRARY} | {b["size"]: b["library"] for b in manifest.get("batches", ())}
 
 
 def wrong(manifest: Mapping[str, Any]) -> list[str]:
     """The entries that are missing though needed, of another type or out of range."""
     told = {key: good for key, good in _TOLD.items() if key in manifest}
-    return [key for key, good in {**_NEEDED, **told}.items() if not good(manifest.get(key))]
+    found = [key for key, good in {**_NEEDED, **told}.items() if not good(manifest.get(key))]
+    return found or ([] if _batches_fit(manifest) else ["batches"])
+
+
+def _batches_fit(manifest: Mapping[str, Any]) -> bool:
+    """Do the batch sizes differ, and can every input and output be so long?"""
+    sizes = [batch["size"] for batch in manifest.get("batches", ())]
+    shapes = [entry["shape"] for kind in ("inputs", "outputs") for entry in manifest[kind]]
+    firsts = {shape[0] if shape else 0 for shape in shapes}
+    largest = max(sizes, default=0)
+    return not sizes or (
+        len(firsts) == 1 and _are_different([*firsts, *sizes])
+        and all(math.prod(shape[1:]) * largest <= _MOST_ELEMENTS for shape in shapes)
+    )  # fmt: skip
 
 
 def _is_name(value: Any) -> bool:
@@ -64,7 +89,11 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_name, value))
 
 
-def _are_different(names: Iterable[str]) -> bool:
+def _are_different_names(value: Any) -> bool:
+    return _are_names(value) and _are_different(value)
+
+
+def _are_different(names: Iterable[object]) -> bool:
     listed = list(names)
     return len(set(listed)) == len(listed)
 
@@ -95,6 +124,16 @@ def _is_target(value: Any) -> bool:
     )  # fmt: skip
 
 
+def _is_batch(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_name(value.get("library")):
+        return False
+    size = value.get("size")
+    return (
+        type(size) is int and 0 < size <= _MOST_ELEMENTS
+        and _are_different_names(value.get("parameters"))
+    )  # fmt: skip
+
+
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
 
@@ -106,14 +145,15 @@ _NEEDED: dict[str, Callable[[Any], bool]] = {
     "outputs": _are_tensors,
     "assignment": lambda value: isinstance(value, dict) and all(map(_is_name, value.values())),
     "calls": _are_names,
-    "parameters": lambda value: _are_names(value) and _are_different(value),
+    "parameters": _are_different_names,
     "files": lambda value: isinstance(value, dict),
     "interface": _is_hash,
 }
-#: Not needed, but shown where they are.
+#: Not needed, but used or shown where they are.
 _TOLD: dict[str, Callable[[Any], bool]] = {
-    "versions": lambda value: isinstance(value, dict),
+    **dict.fromkeys(("versions", "latency_s", "accuracy"), lambda value: isinstance(value, dict)),
     "kernels": lambda value: (
         isinstance(value, dict) and all(isinstance(told, dict) for told in value.values())
     ),
+    "batches": lambda value: isinstance(value, list) and all(map(_is_batch, value)),
 }

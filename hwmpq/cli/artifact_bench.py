@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from hwmpq.errors import InputError, UnknownName
 from hwmpq.report import words
 
 if TYPE_CHECKING:
-    from hwmpq.measure import Cell, CellTiming, Protocol
+    from hwmpq.measure import Cell, CellTiming, Protocol, WorkerProcess
 
 #: The longest silence of the child, which loads TVM and the artifact first.
 _DEADLINE_S = 240.0
@@ -24,14 +25,14 @@ _DEADLINE_S = 240.0
 
 def bench_artifact(
     artifact: str, rounds: int = 24, threads: int | None = None, seed: int = 0,
-    against: tuple[str, str] | None = None,
+    against: tuple[str, str] | None = None, sustain_s: float | None = None,
 ) -> Answer:  # fmt: skip
     """Time whole runs in a child process, as `quantize` does, and one start in another; a rival in
-    the same rounds."""
+    the same rounds. sustain_s: then once more, under load for so long."""
     runtime_only()
     from hwmpq.artifact import read_manifest
     from hwmpq.artifact.startup import start_up
-    from hwmpq.measure import Cell, Protocol
+    from hwmpq.measure import Cell, Protocol, WorkerProcess
 
     manifest = read_manifest(Path(artifact))
     count = threads or int(manifest.get("threads", 1))
@@ -41,7 +42,9 @@ def bench_artifact(
         if against is not None:
             cells.append(_rival(*against, manifest, count, Path(folder)))
         protocol = Protocol(rounds=rounds, threads=count, seed=seed, settle=against is not None)
-        timing, *others = _timed(cells, protocol)
+        with WorkerProcess(threads=count) as worker:
+            timing, *others = _timed(cells, protocol, worker)
+            parts = _sustained(own, worker, sustain_s, count, seed) if sustain_s else []
     started = start_up(Path(artifact))
     found = timing_json(timing.samples_s)
     told: dict[str, Any] = {
@@ -67,7 +70,46 @@ def bench_artifact(
             f"{against[0]} fp32: {words.seconds(told['against']['latency_s']['median'])}, "
             f"{told['against']['ratio']:.2f} times as long"
         )
+    if parts:
+        told["sustained"] = parts
+        lines += _table(parts)
     return Answer(told, "\n".join(lines))
+
+
+def _sustained(
+    own: Cell, worker: WorkerProcess, seconds: float, threads: int, seed: int
+) -> list[dict[str, Any]]:
+    """The parts of a load; each is told on stderr as it ends."""
+    from hwmpq.measure.sustained import sustained
+
+    parts = []
+    for part in sustained(lambda plan: _timed([own], plan, worker)[0], seconds, threads, seed):
+        parts.append({
+            "begin_s": part.begin_s, "latency_s": timing_json(part.samples_s),
+            "temperature_c": part.temperature_c,
+        })  # fmt: skip
+        print(_line(parts[-1], parts[0]), file=sys.stderr, flush=True)
+    return parts
+
+
+def _table(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Time against minute, with bars as long as the medians."""
+    last = parts[-1]["latency_s"]["median"] / parts[0]["latency_s"]["median"]
+    return [
+        "minute     median        p90  warmest sensor", *(_line(part, parts[0]) for part in parts),
+        f"In the end {last:.3f} times as long as at first.",
+    ]  # fmt: skip
+
+
+def _line(part: Mapping[str, Any], first: Mapping[str, Any]) -> str:
+    """A row of the table: a bar of 20 characters is the first part's median."""
+    found, warm = part["latency_s"], part["temperature_c"]
+    bar = "#" * round(20 * found["median"] / first["latency_s"]["median"])
+    told = words.NONE if warm is None else f"{warm:.0f} °C"
+    return (
+        f"{part['begin_s'] / 60:6.1f} {words.seconds(found['median']):>10} "
+        f"{words.seconds(found['p90']):>10} {told:>15}  {bar}"
+    )
 
 
 def _rival(
@@ -90,14 +132,13 @@ def _rival(
     return Cell(runtime, "program", function=function, settings=settings)
 
 
-def _timed(cells: Sequence[Cell], protocol: Protocol) -> list[CellTiming]:
+def _timed(cells: Sequence[Cell], protocol: Protocol, worker: WorkerProcess) -> list[CellTiming]:
     """Raises InputError when one of them cannot be timed."""
-    from hwmpq.measure import CellTiming, WorkerProcess
+    from hwmpq.measure import CellTiming
 
-    with WorkerProcess(threads=protocol.threads) as worker:
-        # time_block would compile a kernel first, for which TVM's runtime alone is not enough
-        request = {"cells": [cell.to_json() for cell in cells], **protocol.to_json()}
-        reply = worker.call("time", request, _DEADLINE_S)
+    # time_block would compile a kernel first, for which TVM's runtime alone is not enough
+    request = {"cells": [cell.to_json() for cell in cells], **protocol.to_json()}
+    reply = worker.call("time", request, _DEADLINE_S)
     timings = [CellTiming.from_json(item) for item in reply["cells"]]
     for timing in timings:
         if timing.error:

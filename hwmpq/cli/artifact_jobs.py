@@ -102,6 +102,12 @@ def inspect_artifact(artifact: str) -> Answer:
         lines += [f"{kind[:-1]}: {e['name']} {e['dtype']} {e['shape']}" for e in m[kind]]
     if measured := words.part(m, "latency_s", "measured"):
         lines.append(f"measured when built: {words.seconds(measured)}")
+    if words.part(m, "accuracy", "deployed") is not None:
+        lines.append(
+            f"{m['accuracy'].get('metric')} when built: "
+            f"{words.percent(m['accuracy']['deployed'])}, of the float model "
+            f"{words.percent(m['accuracy'].get('float'))}"
+        )
     width = max(map(len, m["assignment"]), default=0)
     for layer, fmt in m["assignment"].items():
         kernel = m.get("kernels", {}).get(layer, {})

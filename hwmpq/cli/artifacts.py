@@ -9,6 +9,7 @@ import typer
 
 from hwmpq.cli import options as shared
 from hwmpq.cli.command import command
+from hwmpq.cli.durations import duration
 from hwmpq.cli.output import Answer
 
 _PANEL = "Artifacts"
@@ -102,6 +103,14 @@ def bench(
             help="Also time this float model in another runtime, in the same rounds.",
         ),
     ] = None,
+    sustain: Annotated[
+        str | None,
+        typer.Option(
+            "--sustain",
+            metavar="TIME",
+            help="Also keep it running for so long, such as 10m: time and temperature by minute.",
+        ),
+    ] = None,
     require_signature: Signed = None,
     seed: int = 0,
 ) -> Answer:
@@ -112,7 +121,8 @@ def bench(
     from hwmpq.cli import artifact_bench, artifact_jobs
 
     artifact_jobs.require(require_signature)
-    return artifact_bench.bench_artifact(artifact, rounds, threads, seed, against)
+    sustain_s = duration(sustain)
+    return artifact_bench.bench_artifact(artifact, rounds, threads, seed, against, sustain_s)
 
 
 def verify(

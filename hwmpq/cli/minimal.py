@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hwmpq.cli import artifact_bench, artifact_jobs, serving
+from hwmpq.cli.durations import duration
 from hwmpq.cli.output import Answer, failure, perform
 
 _NEEDED = "Install hwmpq with its dependencies (pip install hwmpq) for the other commands."
@@ -64,10 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     ran.add_argument("--output", type=Path, required=True, metavar="y.npy|y.npz")
     timed = add(
         "bench", "Time whole runs.",
-        lambda g: artifact_bench.bench_artifact(g.artifact, g.rounds, g.threads, g.seed),
+        lambda g: artifact_bench.bench_artifact(
+            g.artifact, g.rounds, g.threads, g.seed, sustain_s=duration(g.sustain)
+        ),
     )  # fmt: skip
     timed.add_argument("--rounds", type=int, default=24)
     timed.add_argument("--threads", type=int)
+    timed.add_argument("--sustain", metavar="TIME")
     checked = add(
         "verify", "Replay the golden samples.",
         lambda g: artifact_jobs.verify_artifact(g.artifact, g.data, g.eval),

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hwmpq import targets
-from hwmpq.artifact import golden, read_manifest
+from hwmpq import artifact, targets
+from hwmpq.artifact import golden
 from hwmpq.artifact.folder import is_ours
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import format_named
 from hwmpq.kernels import why_not
 from hwmpq.quantizers import Quantizers
+from hwmpq.side_jobs.batches import at_sizes
+from hwmpq.side_jobs.inputs import calibrated, named_arrays, noise
 from hwmpq.stages.build import make_artifact
 from hwmpq.stages.facts import calibrate
-from hwmpq.stages.job import (
-    Images,
-    Job,
-    Options,
-    Progress,
-    Silent,
-    input_shape,
-    load_images,
-    open_job,
-)
+from hwmpq.stages.job import Job, Options, Progress, Silent, load_images, open_job
 from hwmpq.stages.menu import make_menu
 from hwmpq.stages.refine import refine
 from hwmpq.stages.verify import replayed, running
@@ -39,11 +32,14 @@ def compile_model(
     assignment: Mapping[str, str],
     quantizers: str | None = None,
     progress: Progress | None = None,
+    batch: Sequence[int] = (),
+    system_lib: bool = False,
 ) -> dict[str, Any]:
     """An artifact in options.out from an assignment, replayed on its golden samples.
 
-    quantizers: a file of an earlier artifact; without it they are calibrated on --calib-data. For
-    another kind of machine, and with no device of that kind, it is not run: "parity" is None.
+    quantizers: a file of an earlier artifact; without it they are calibrated on --calib-data.
+    batch: sizes to compile for, instead of the model's own. system_lib: see `make_artifact`.
+    For another kind of machine, and with no device of that kind, it is not run: "parity" is None.
     Raises InputError naming every layer that is missing or cannot run in its format.
     """
     out = Path(options.out)
@@ -53,35 +49,52 @@ def compile_model(
             "Choose another --out.",
         )  # fmt: skip
     here = options.device != "local" or not _elsewhere(options.target)
-    job = open_job(options, progress or Silent(), here=here, timed=False)
-    with job.store:
-        chosen = checked(job, assignment)
-        images = load_images(job) if options.data or options.calib_data or not quantizers else None
-        if quantizers:
-            numbers = _fitting(job, Quantizers.load(Path(quantizers)), chosen)
-        else:
-            assert images is not None
-            menu = make_menu(job.network, job.target, tuple(dict.fromkeys(chosen.values())))
-            numbers = refine(job, images, chosen, calibrate(job, images, menu))
+    opened = open_job(options, progress or Silent(), here=here, timed=False)
+    with opened.store:
+        jobs = at_sizes(opened, batch)
+        job = jobs[min(jobs)]
+        chosen, *_ = [checked(one, assignment) for one in jobs.values()]
+        numbers, samples = _numbers(job, chosen, quantizers)
         with job.progress.stage("compile", None):
-            made = make_artifact(job, chosen, numbers, out, _samples(job, images))
+            others = {size: one for size, one in jobs.items() if one is not job}
+            made = make_artifact(job, chosen, numbers, out, samples, others, system_lib)
         parity = None
         if here:
             with running(job, out) as loaded:
                 parity = asdict(replayed(loaded))
         else:
             job.progress.note(f"not run: this machine is none for {job.target.name}")
-    manifest = read_manifest(out)
+    manifest = artifact.read_manifest(out)
     return {
         "version": 1, "artifact": str(out), "model": options.model, "target": job.target.name,
-        "threads": options.threads, "assignment": made.assignment, "kernels": manifest["kernels"],
+        "threads": options.threads, "batch": sorted(jobs), "assignment": made.assignment,
+        "kernels": manifest["kernels"],
         "nbytes": {
             "weights": made.weight_bytes,
-            "artifact": sum(path.stat().st_size for path in out.iterdir()),
+            "artifact": artifact.nbytes(out),
             "peak_memory": manifest["nbytes"]["peak_memory"],
         },
         "parity": parity,
     }  # fmt: skip
+
+
+def _numbers(
+    job: Job, chosen: Assignment, file: str | None
+) -> tuple[Quantizers, Mapping[str, np.ndarray]]:
+    """Quantizers, from a file or calibrated, and inputs for golden samples: data where there are
+    any, else seeded noise."""
+    read = fitting(job, Quantizers.load(Path(file)), chosen) if file else None
+    if read and not (job.options.data or job.options.calib_data):
+        return read, noise(job)
+    if len(job.graph.inputs) > 1:
+        arrays = named_arrays(job)
+        return read or calibrated(job, arrays, chosen), arrays
+    images = load_images(job)
+    samples = images.calib.batch(range(min(golden.SAMPLES, len(images.calib))))
+    if not read:
+        menu = make_menu(job.network, job.target, tuple(dict.fromkeys(chosen.values())))
+        read = refine(job, images, chosen, calibrate(job, images, menu))
+    return read, {job.graph.inputs[0]: samples}
 
 
 def _elsewhere(name: str) -> bool:
@@ -89,8 +102,8 @@ def _elsewhere(name: str) -> bool:
     return name != "native" and targets.load(name).foreign
 
 
-def checked(job: Job, assignment: Mapping[str, str]) -> Assignment:
-    """In the layers' order. Raises UnknownName, InputError listing all that is wrong."""
+def complete(job: Job, assignment: Mapping[str, str]) -> Assignment:
+    """In the layers' order. Raises UnknownName; InputError listing the layers that are missing."""
     names = job.network.names
     for name in assignment:
         if name not in names:
@@ -101,9 +114,15 @@ def checked(job: Job, assignment: Mapping[str, str]) -> Assignment:
             f"the assignment lacks {len(missing)} of {len(names)} layers", ", ".join(missing), None,
             "Name a format for every layer; `hwmpq inspect` lists them.",
         )  # fmt: skip
+    return {name: assignment[name] for name in names}
+
+
+def checked(job: Job, assignment: Mapping[str, str]) -> Assignment:
+    """`complete`, and raises InputError listing the layers that no kernel of the target runs."""
+    found = complete(job, assignment)
     wrong = []
     for layer in job.network.layers:
-        fmt = format_named(assignment[layer.name])
+        fmt = format_named(found[layer.name])
         reason = why_not(layer.workload, fmt, job.target.features)
         if reason:
             wrong.append(f"{layer.name} in {fmt.name}: {reason}")
@@ -112,10 +131,10 @@ def checked(job: Job, assignment: Mapping[str, str]) -> Assignment:
             f"{len(wrong)} layers cannot run in their format on {job.target.name}",
             "; ".join(wrong), None, "`hwmpq inspect` lists the formats of every layer.",
         )  # fmt: skip
-    return {name: assignment[name] for name in names}
+    return found
 
 
-def _fitting(job: Job, quantizers: Quantizers, assignment: Assignment) -> Quantizers:
+def fitting(job: Job, quantizers: Quantizers, assignment: Assignment) -> Quantizers:
     """Raises InputError for quantizers of another model or without the formats chosen."""
     for layer in job.network.layers:
         if not layer.workload.has_weight:
@@ -127,12 +146,3 @@ def _fitting(job: Job, quantizers: Quantizers, assignment: Assignment) -> Quanti
                 str(layer.workload.weight_shape), "Use quantizers of this very model.",
             )  # fmt: skip
     return quantizers
-
-
-def _samples(job: Job, images: Images | None) -> np.ndarray:
-    """Inputs for golden samples: images where there are any, else seeded noise."""
-    count = golden.SAMPLES
-    if images is not None:
-        return images.calib.batch(range(min(count, len(images.calib))))
-    shape = (count, *input_shape(job.graph)[1:])
-    return np.random.default_rng(job.options.seed).standard_normal(shape).astype(np.float32)

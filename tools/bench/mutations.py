@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ REFUSED, EQUAL, DIFFERENT = "refused", "equal", "different"
 
 
 def mutate(folder: Path, chance: random.Random, forge: bool) -> str:
-    """Damage an artifact in place; says how. forge: the hashes may be made to fit."""
+    """Damage an artifact; says how. Its files are replaced, never written to: they may be links.
+
+    forge: the hashes may be made to fit."""
     kinds = [_flip, _flip, _cut, _lengthen, _exchange, _link, _add, _remove, _edit, _edit, _edit]
     done = chance.choice(kinds)(folder, chance)
     if forge and chance.random() < 0.5 and _reseal(folder):
@@ -69,11 +71,12 @@ def outputs(loaded: artifact.Artifact) -> list[np.ndarray]:
 def mutants(
     whole: Path, place: Path, count: int, seed: int, forge: bool
 ) -> Iterator[tuple[Path, str]]:
-    """Damaged copies in `place`, and what was done to each."""
+    """Damaged copies in `place`, and what was done to each. Files that stay whole are hard links to
+    those of `whole`, on the same disk."""
     chance = random.Random(seed)
     for number in range(count):
         copy = place / str(number)
-        shutil.copytree(whole, copy)
+        shutil.copytree(whole, copy, copy_function=os.link)
         yield copy, mutate(copy, chance, forge)
 
 
@@ -83,26 +86,31 @@ def _some(folder: Path, chance: random.Random) -> Path:
     return folder / "manifest.json" if chance.random() < 0.5 else chance.choice(files)
 
 
+def _put(path: Path, raw: bytes) -> None:
+    path.unlink()
+    path.write_bytes(raw)
+
+
 def _flip(folder: Path, chance: random.Random) -> str:
     path = _some(folder, chance)
     raw = bytearray(path.read_bytes())
     bit = chance.randrange(8 * len(raw))
     raw[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(raw)
+    _put(path, bytes(raw))
     return f"bit {bit} of {path.name}"
 
 
 def _cut(folder: Path, chance: random.Random) -> str:
     path = _some(folder, chance)
     size = chance.randrange(path.stat().st_size)
-    os.truncate(path, size)
+    _put(path, path.read_bytes()[:size])
     return f"{path.name} cut to {size} bytes"
 
 
 def _lengthen(folder: Path, chance: random.Random) -> str:
     path = _some(folder, chance)
     more = chance.choice([b"\0", b" ", b"}", b"\n", bytes(4096)])
-    path.write_bytes(path.read_bytes() + more)
+    _put(path, path.read_bytes() + more)
     return f"{len(more)} bytes after {path.name}"
 
 
@@ -156,9 +164,10 @@ def _edit(folder: Path, chance: random.Random) -> str:
         holder[key], other[place] = other[place], holder[key]
         done = f"{name} and {its_name} exchanged"
     try:
-        path.write_text(json.dumps(manifest))
+        text = json.dumps(manifest)
     except ValueError:  # a part put into itself
-        path.write_text("{}")
+        text = "{}"
+    _put(path, text.encode())
     return done
 
 
@@ -184,32 +193,36 @@ def _reseal(folder: Path) -> bool:
                 return False
             manifest["files"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
         manifest["interface"] = interface(manifest)
-        path.write_text(json.dumps(manifest))
+        _put(path, json.dumps(manifest).encode())
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
     return True
 
 
 def compare(
-    whole: Path, count: int, seed: int, key: Path | None, cpp: Path | None,
+    whole: Path, count: int, seed: int, key: Path | None, cpp: Sequence[str | Path],
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[Counter[str], list[str]]:  # fmt: skip
-    """How often each verdict was reached, and what went wrong. tell: gets each copy's damage."""
+    """How often each verdict was reached, and what went wrong.
+
+    cpp: the command of the C++ runner, or nothing. tell: gets each copy's damage.
+    """
     want = outputs(artifact.load(whole, key))
     counts: Counter[str] = Counter()
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
+        own = Path(shutil.copytree(whole, Path(folder) / "whole"))
         for start in range(0, count, 250):
             place = Path(folder) / str(start)
             place.mkdir()
             batch = min(250, count - start)
             found = []
-            for copy, done in mutants(whole, place, batch, seed + start, forge=key is not None):
+            for copy, done in mutants(own, place, batch, seed + start, forge=key is not None):
                 tell(done)
                 found.append((copy, done, verdict(copy, key, want)))
                 counts[found[-1][2]] += 1
             wrong += [done for _, done, result in found if result == DIFFERENT]
-            if cpp is not None:
+            if cpp:
                 refused = cpp_refused(cpp, [copy for copy, _, _ in found], key)
                 wrong += [
                     f"{done}: Python {result}, C++ {'refused' if no else 'took it'}"
@@ -220,10 +233,11 @@ def compare(
     return counts, wrong
 
 
-def cpp_refused(runner: Path, copies: list[Path], key: Path | None) -> list[bool]:
+def cpp_refused(runner: Sequence[str | Path], copies: list[Path], key: Path | None) -> list[bool]:
     """Which of the copies the C++ runner refuses."""
     required = ["--require-signature", str(key)] if key else []
-    ran = subprocess.run([runner, "check", *required, *copies], capture_output=True, text=True)
+    command = [*runner, "check", *required, *copies]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = ran.stdout.splitlines()
     if len(lines) != len(copies):
         raise SystemExit(f"the runner ended ({ran.returncode}) after {len(lines)} copies")
@@ -249,7 +263,8 @@ def main() -> int:
             log.write(done)
             log.flush()
 
-        counts, wrong = compare(given.artifact, given.count, given.seed, given.key, given.cpp, tell)
+        cpp = [given.cpp] if given.cpp else []
+        counts, wrong = compare(given.artifact, given.count, given.seed, given.key, cpp, tell)
     Path(log.name).unlink()
     print(json.dumps({**counts, "wrong": wrong}, indent=1))
     return 1 if wrong else 0

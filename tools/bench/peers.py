@@ -156,7 +156,8 @@ def contenders(job: Job, words: Words, folder: Path) -> list[Cell]:
     cells = []
     with job.progress.stage("compile", len(plans)) as advance:
         for name, plan in plans.items():
-            made = make_artifact(job, plan, quantizers, folder / name, images.batch(range(1)))
+            samples = {job.graph.inputs[0]: images.batch(range(1))}
+            made = make_artifact(job, plan, quantizers, folder / name, samples)
             cells.append(Cell(f"hwmpq {name}", "artifact", path=str(made.path)))
             advance(1)
     with job.progress.stage("files for other runtimes", None):

@@ -1,0 +1,7 @@
+// The artifact that this program was built with.
+#pragma once
+
+#include "artifact.h"
+
+// Throws Refused.
+Artifact open_embedded();
