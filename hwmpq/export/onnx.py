@@ -22,12 +22,18 @@ _IR_VERSION = 10
 
 def onnx_model(graph: Graph) -> Any:
     """The graph as an onnx.ModelProto that has passed ONNX's own checker."""
+    writer = Writer(graph)
+    for node in graph.nodes:
+        WRITERS[node.op](writer, node)
+    return assembled(writer, OPSET)
+
+
+def assembled(writer: Writer, opset: int) -> Any:
+    """What was written as a checked onnx.ModelProto."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    writer = _Writer(graph)
-    for node in graph.nodes:
-        WRITERS[node.op](writer, node)
+    graph = writer.graph
 
     def described(name: str) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, graph.tensors[name])
@@ -41,17 +47,20 @@ def onnx_model(graph: Graph) -> Any:
         [numpy_helper.from_array(value, name) for name, value in writer.constants.items()],
         value_info=[described(o) for _, _, o, _ in writer.nodes if o in inner],
     )
-    opset = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(body, opset_imports=opset, ir_version=_IR_VERSION)
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(body, opset_imports=opsets, ir_version=_IR_VERSION)
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-class _Writer:
-    """ONNX nodes (op, inputs, output, attributes) and initializers in the making."""
+class Writer:
+    """ONNX nodes (op, inputs, output, attributes) and initializers in the making.
+
+    shapes: of every tensor that a writer may read."""
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        self.shapes = dict(graph.tensors)
         self.nodes: list[tuple[str, list[str], str, dict[str, Any]]] = []
         self.constants: dict[str, NDArray[Any]] = {}
 
@@ -60,7 +69,7 @@ class _Writer:
         return output
 
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
-        self.constants[name] = np.ascontiguousarray(value, dtype=dtype)
+        self.constants[name] = np.asarray(value, dtype=dtype, order="C")
         return name
 
     def param(self, node: Node, role: str) -> str:
@@ -69,6 +78,16 @@ class _Writer:
 
     def value(self, node: Node, role: str) -> NDArray[Any]:
         return self.graph.constants[node.params[role]]
+
+    def weight(self, node: Node, turned: bool = False) -> str:
+        """A layer's weight in fp32; turned: its transpose."""
+        if not turned:
+            return self.param(node, "weight")
+        return self.constant(f"{node.params['weight']}.T", self.value(node, "weight").T)
+
+    def bias(self, node: Node) -> list[str]:
+        """A layer's bias in fp32, if it has one."""
+        return [self.param(node, "bias")] if "bias" in node.params else []
 
     def chain(self, steps: Sequence[tuple[str, list[str], dict[str, Any]]], start: str,
               end: str) -> None:  # fmt: skip
@@ -83,7 +102,7 @@ class _Writer:
 Step = tuple[str, list[str], dict[str, Any]]
 
 
-def _layer(w: _Writer, node: Node) -> None:
+def _layer(w: Writer, node: Node) -> None:
     first, *steps = {"conv2d": _conv2d, "linear": _linear, "matmul": _matmul}[node.op](w, node)
     x = node.inputs[0]
     if node.residual:
@@ -100,26 +119,26 @@ def _layer(w: _Writer, node: Node) -> None:
     w.chain([first, *steps], x, node.name)
 
 
-def _conv2d(w: _Writer, node: Node) -> list[Step]:
+def _conv2d(w: Writer, node: Node) -> list[Step]:
     a = node.attrs
     attrs = {"strides": list(a["stride"]), "pads": list(a["padding"]), "group": a["groups"],
              "dilations": list(a["dilation"])}  # fmt: skip
-    return [("Conv", [w.param(node, role) for role in ("weight", "bias") if role in node.params],
-             attrs)]  # fmt: skip
+    return [("Conv", [w.weight(node), *w.bias(node)], attrs)]
 
 
-def _linear(w: _Writer, node: Node) -> list[Step]:
-    bias = [w.param(node, "bias")] if "bias" in node.params else []
-    if len(w.graph.tensors[node.inputs[0]]) == 2:
-        return [("Gemm", [w.param(node, "weight"), *bias], {"transB": 1})]
-    weight = w.constant(f"{node.params['weight']}.T", w.value(node, "weight").T)
-    return [("MatMul", [weight], {}), *[("Add", [b], {}) for b in bias]]
+def _linear(w: Writer, node: Node) -> list[Step]:
+    if len(w.shapes[node.inputs[0]]) == 2:
+        return [("Gemm", [w.weight(node), *w.bias(node)], {"transB": 1})]
+    return [
+        ("MatMul", [w.weight(node, turned=True)], {}),
+        *[("Add", [b], {}) for b in w.bias(node)],
+    ]
 
 
-def _matmul(w: _Writer, node: Node) -> list[Step]:
+def _matmul(w: Writer, node: Node) -> list[Step]:
     b = node.inputs[1]
     if node.attrs["trans_b"]:
-        axes = list(range(len(w.graph.tensors[b])))
+        axes = list(range(len(w.shapes[b])))
         axes[-2:] = reversed(axes[-2:])
         b = w.emit("Transpose", [b], f"{node.name}.b", perm=axes)
     scale = node.attrs["scale"]
@@ -129,42 +148,42 @@ def _matmul(w: _Writer, node: Node) -> list[Step]:
     return steps
 
 
-def _clip(w: _Writer, name: str, low: float, high: float) -> Step:
+def _clip(w: Writer, name: str, low: float, high: float) -> Step:
     return "Clip", [w.constant(f"{name}.low", low), w.constant(f"{name}.high", high)], {}
 
 
-def _binary(op: str) -> Callable[[_Writer, Node], None]:
-    def write(w: _Writer, node: Node) -> None:
+def _binary(op: str) -> Callable[[Writer, Node], None]:
+    def write(w: Writer, node: Node) -> None:
         b = w.param(node, "b") if "b" in node.params else node.inputs[1]
         w.emit(op, [node.inputs[0], b], node.name)
 
     return write
 
 
-def _unary(op: str, **attrs: Any) -> Callable[[_Writer, Node], None]:
+def _unary(op: str, **attrs: Any) -> Callable[[Writer, Node], None]:
     return lambda w, node: _plain(w, node, op, **attrs)
 
 
-def _plain(w: _Writer, node: Node, op: str, **attrs: Any) -> None:
+def _plain(w: Writer, node: Node, op: str, **attrs: Any) -> None:
     w.emit(op, node.inputs, node.name, **attrs)
 
 
-def _clamp(w: _Writer, node: Node) -> None:
+def _clamp(w: Writer, node: Node) -> None:
     w.chain([_clip(w, node.name, node.attrs["lo"], node.attrs["hi"])], node.inputs[0], node.name)
 
 
-def _silu(w: _Writer, node: Node) -> None:
+def _silu(w: Writer, node: Node) -> None:
     (x,) = node.inputs
     w.emit("Mul", [x, w.emit("Sigmoid", [x], f"{node.name}.sigmoid")], node.name)
 
 
-def _layer_norm(w: _Writer, node: Node) -> None:
+def _layer_norm(w: Writer, node: Node) -> None:
     inputs = [*node.inputs, w.param(node, "weight"), w.param(node, "bias")]
     w.emit("LayerNormalization", inputs, node.name, epsilon=node.attrs["eps"], axis=-1)
 
 
-def _batch_affine(w: _Writer, node: Node) -> None:
-    shape = (-1, *[1] * (len(w.graph.tensors[node.name]) - 2))
+def _batch_affine(w: Writer, node: Node) -> None:
+    shape = (-1, *[1] * (len(w.shapes[node.name]) - 2))
     scale, shift = (
         w.constant(f"{node.params[role]}.column", w.value(node, role).reshape(shape))
         for role in ("scale", "shift")
@@ -172,8 +191,8 @@ def _batch_affine(w: _Writer, node: Node) -> None:
     w.chain([("Mul", [scale], {}), ("Add", [shift], {})], node.inputs[0], node.name)
 
 
-def _pool(op: str) -> Callable[[_Writer, Node], None]:
-    def write(w: _Writer, node: Node) -> None:
+def _pool(op: str) -> Callable[[Writer, Node], None]:
+    def write(w: Writer, node: Node) -> None:
         a = node.attrs
         attrs: dict[str, Any] = {"kernel_shape": list(a["kernel"]), "strides": list(a["stride"]),
                                  "pads": list(a["padding"])}  # fmt: skip
@@ -184,9 +203,9 @@ def _pool(op: str) -> Callable[[_Writer, Node], None]:
     return write
 
 
-def _mean(w: _Writer, node: Node) -> None:
+def _mean(w: Writer, node: Node) -> None:
     (x,), axes = node.inputs, sorted(node.attrs["axes"])
-    if len(w.graph.tensors[x]) == 4 and axes == [2, 3]:  # the form that runtimes have in int8
+    if len(w.shapes[x]) == 4 and axes == [2, 3]:  # the form that runtimes have in int8
         rest: list[Step] = [] if node.attrs["keepdim"] else [("Flatten", [], {"axis": 1})]
         w.chain([("GlobalAveragePool", [], {}), *rest], x, node.name)
         return
@@ -194,9 +213,9 @@ def _mean(w: _Writer, node: Node) -> None:
     w.emit("ReduceMean", [x, where], node.name, keepdims=int(node.attrs["keepdim"]))
 
 
-def _concat(w: _Writer, node: Node) -> None:
+def _concat(w: Writer, node: Node) -> None:
     """Constants of batch 1 are repeated to the batch."""
-    axis, shapes, inputs = node.attrs["axis"], w.graph.tensors, []
+    axis, shapes, inputs = node.attrs["axis"], w.shapes, []
     for i, x in enumerate(node.inputs):
         wanted = list(shapes[node.name])
         wanted[axis] = shapes[x][axis]
@@ -207,14 +226,14 @@ def _concat(w: _Writer, node: Node) -> None:
     w.emit("Concat", inputs, node.name, axis=axis)
 
 
-def _pad(w: _Writer, node: Node) -> None:
+def _pad(w: Writer, node: Node) -> None:
     pads = [amount for side in (0, 1) for amount in (pair[side] for pair in node.attrs["pads"])]
     more = [w.constant(f"{node.name}.pads", pads, np.int64),
             w.constant(f"{node.name}.value", node.attrs["value"])]  # fmt: skip
     w.emit("Pad", [*node.inputs, *more], node.name)
 
 
-def _rearrange(w: _Writer, node: Node) -> None:
+def _rearrange(w: Writer, node: Node) -> None:
     steps: list[Step] = []
     for i, step in enumerate(node.attrs["steps"]):
         name = f"{node.name}.{i}"
@@ -234,11 +253,11 @@ def _rearrange(w: _Writer, node: Node) -> None:
     w.chain(steps, node.inputs[0], node.name)
 
 
-def _constant(w: _Writer, node: Node) -> None:
+def _constant(w: Writer, node: Node) -> None:
     w.constant(node.name, w.value(node, "value"))
 
 
-WRITERS: dict[str, Callable[[_Writer, Node], None]] = {
+WRITERS: dict[str, Callable[[Writer, Node], None]] = {
     "conv2d": _layer,
     "linear": _layer,
     "matmul": _layer,

@@ -5,7 +5,7 @@ means in fp32 (so the module compiles and runs as it is), and whose attributes c
   hwmpq.name, hwmpq.op, hwmpq.attrs (JSON), hwmpq.params (JSON: role -> constant name),
   hwmpq.source
 Private functions survive other passes; a pass that knows nothing of the names keeps them.
-`lower.annotations.graph_of` reads a module back; hand-written ones need the same attributes.
+`lower.graph_of` reads a module back; `relax_import.annotate` makes one of anybody's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,22 @@ from hwmpq.graph import Graph, Node
 Expr = Any
 
 
-def relax_module(graph: Graph) -> Any:
-    """tvm.IRModule with `main` (fp32, torch's shapes) and one private function per node."""
+def relax_module(
+    graph: Graph, opaque: Callable[[Node, list[Expr]], Expr] | None = None, as_tuple: bool = False
+) -> Any:
+    """tvm.IRModule with `main` (fp32, torch's shapes) and one private function per node.
+
+    opaque: what a node of that operator is, on these inputs. as_tuple: does main give a tuple, even
+    of one output?
+    """
     from tvm import relax
 
-    names = {node.name: f"node{i}" for i, node in enumerate(graph.nodes)}
     builder = relax.BlockBuilder()
-    functions = {n.name: builder.add_func(_function(n, graph), names[n.name]) for n in graph.nodes}
+    functions = {
+        node.name: builder.add_func(_function(node, graph), f"node{i}")
+        for i, node in enumerate(graph.nodes)
+        if node.op != "opaque"
+    }
     inputs = {name: _var(name, graph.tensors[name]) for name in graph.inputs}
     with builder.function("main", list(inputs.values())):
         with builder.dataflow():
@@ -33,11 +42,14 @@ def relax_module(graph: Graph) -> Any:
             for node in graph.nodes:
                 constants = [relax.const(graph.constants[c]) for c in node.params.values()]
                 args = [values[t] for t in node.inputs] + constants
-                values[node.name] = builder.emit(
-                    relax.Call(functions[node.name], args), name_hint=_identifier(node.name)
-                )
+                if opaque is not None and node.op == "opaque":
+                    call = opaque(node, args)
+                else:
+                    call = relax.Call(functions[node.name], args)
+                values[node.name] = builder.emit(call, name_hint=_identifier(node.name))
             results = [values[name] for name in graph.outputs]
-            out = builder.emit_output(results[0] if len(results) == 1 else relax.Tuple(results))
+            several = as_tuple or len(results) > 1
+            out = builder.emit_output(relax.Tuple(results) if several else results[0])
         builder.emit_func_output(out)
     module = builder.get()
     return module.with_attr("hwmpq.inputs", json.dumps(list(graph.inputs)))

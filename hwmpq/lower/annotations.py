@@ -9,6 +9,7 @@ reads and writes fp32 in the shapes it has.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,14 +107,14 @@ def _node(
     if isinstance(value, relax.Call) and isinstance(value.op, relax.GlobalVar):
         function = module[value.op]
     if function is None or function.attrs is None or "hwmpq.name" not in function.attrs:
-        unknown = [v for v in _variables(value) if v not in variables]
+        unknown = [v for v in variables_of(value) if v not in variables]
         if unknown:
             raise InputError(
                 f"variable {unknown[0].name!r} that {binding.var.name!r} of the Relax module reads",
                 unknown[0].ty,
                 "a tensor; a tuple is written where it is read",
             )
-        reads = tuple(variables[v] for v in _variables(value))
+        reads = tuple(variables[v] for v in variables_of(value))
         return Node(binding.var.name, "opaque", reads), {}
     attrs = {k: str(v) for k, v in function.attrs.items() if str(k).startswith("hwmpq.")}
     params = json.loads(attrs["hwmpq.params"])
@@ -131,16 +132,30 @@ def _node(
     return node, attrs
 
 
-def _variables(value: Any) -> list[Any]:
+def variables_of(value: Any) -> list[Any]:
     """Variables read by an expression in A-normal form."""
     from tvm import relax
 
     if isinstance(value, relax.Var):
         return [value]
     if isinstance(value, relax.Tuple):
-        return [v for field in value.fields for v in _variables(field)]
+        return [v for field in value.fields for v in variables_of(field)]
     if isinstance(value, relax.TupleGetItem):
-        return _variables(value.tuple_value)
+        return variables_of(value.tuple_value)
     if isinstance(value, relax.Call):
-        return [v for arg in value.args for v in _variables(arg)]
+        return [v for arg in value.args for v in variables_of(arg)]
     return []
+
+
+def on(call: Any, values: Mapping[Any, Any]) -> Any:
+    """The same Relax call, on other values for its variables."""
+    from tvm import relax
+
+    def replaced(expr: Any) -> Any:
+        if isinstance(expr, relax.Var):
+            return values.get(expr, expr)
+        if isinstance(expr, relax.Tuple):
+            return relax.Tuple([replaced(field) for field in expr.fields])
+        return expr
+
+    return relax.Call(call.op, [replaced(a) for a in call.args], call.attrs, call.ty_args)

@@ -8,9 +8,12 @@ from hwmpq.lower.fallback import fallback_schedule
 from hwmpq.targets import Target
 
 
-def compile_module(module: Any, target: Target, threads: int = 1) -> tuple[Any, int]:
+def compile_module(
+    module: Any, target: Target, threads: int = 1, system_lib: bool = False
+) -> tuple[Any, int]:
     """A tvm Executable for the target, and the bytes of activations that its plan allocates.
 
+    system_lib: its objects announce themselves to TVM's runtime in the program they are part of.
     Unannotated operators are legalised and run through `fallback_schedule`: none is shipped on
     TVM's scalar default.
     """
@@ -48,7 +51,8 @@ def compile_module(module: Any, target: Target, threads: int = 1) -> tuple[Any, 
                 ]
             )(mod)
 
-    return relax.build(module, hardware, relax_pipeline=pipeline), planned[-1]
+    built = relax.build(module, hardware, relax_pipeline=pipeline, system_lib=system_lib)
+    return built, planned[-1]
 
 
 def _storage_bytes(main: Any) -> int:

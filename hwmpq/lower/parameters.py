@@ -1,4 +1,4 @@
-"""Pass 3: named constants become arguments of main, so that they can lie in a file of their own."""
+"""Pass 4: named constants become arguments of main, so that they can lie in a file of their own."""
 
 from __future__ import annotations
 

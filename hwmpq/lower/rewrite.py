@@ -1,4 +1,4 @@
-"""Pass 2: annotated calls -> calls of emitted kernels on flat tensors in their stored encodings.
+"""Pass 3: annotated calls -> calls of emitted kernels on flat tensors in their stored encodings.
 
 Pre: `assign_formats` ran. Post: no annotated function is left; `main` keeps its inputs and outputs
 (fp32, torch's shapes) and calls one PrimFunc per distinct kernel; packed parameters are constants,
@@ -21,7 +21,7 @@ from hwmpq.graph import Node
 from hwmpq.kernels import Call, Kernel, Schedule, best, glue, kernel_named, why_not
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.glue import GlueCall
-from hwmpq.lower.annotations import Annotated, read
+from hwmpq.lower.annotations import Annotated, on, read, variables_of
 from hwmpq.lower.layout import NHWC, PLAIN
 from hwmpq.lower.moved import keep_errors
 from hwmpq.lower.steps import Ref, Step, steps
@@ -99,9 +99,8 @@ class _Rewriter:
                 for step in self.schedule.steps:
                     self._step(step)
                 results = [self._shaped(ref) for ref in self.schedule.outputs]
-                out = self.builder.emit_output(
-                    results[0] if len(results) == 1 else relax.Tuple(results)
-                )
+                several = isinstance(main.ret_ty, relax.TupleType)
+                out = self.builder.emit_output(relax.Tuple(results) if several else results[0])
             self.builder.emit_func_output(out)
         result = self.builder.get()
         for variable, function in self.module.functions.items():
@@ -181,20 +180,13 @@ class _Rewriter:
         from tvm import relax
 
         shaped = {ref.tensor: self._shaped(ref) for ref in step.reads}
-
-        def replaced(expr: Any) -> Any:
-            if isinstance(expr, relax.Var) and expr in self.found.variables:
-                return shaped[self.found.variables[expr]]
-            if isinstance(expr, relax.Tuple):
-                return relax.Tuple([replaced(field) for field in expr.fields])
-            return expr
-
         value = self.found.bindings[step.node.name].value
         if not isinstance(value, relax.Call):
             raise InputError(
                 f"binding {step.node.name!r} of the Relax module", type(value).__name__, "a call"
             )
-        call = relax.Call(value.op, [replaced(a) for a in value.args], value.attrs, value.ty_args)
+        read = [v for v in variables_of(value) if v in self.found.variables]
+        call = on(value, {v: shaped[self.found.variables[v]] for v in read})
         self._arrived(step.node.name, self.builder.emit(call, name_hint=step.node.name))
 
     # -- emission --------------------------------------------------------------------------
