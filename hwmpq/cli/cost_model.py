@@ -33,7 +33,7 @@ Prior = Annotated[
     typer.Option(
         "--prior",
         metavar="TARGET|DIR",
-        help="Another target's cost model to start from; `eval --split S5` tells whether it helps.",
+        help="Another target's cost model to start from, as far as the rows say that it helps.",
     ),
 ]
 
@@ -115,6 +115,15 @@ def evaluate(
             "--rows", metavar="F.jsonl", help="rows.jsonl of a cost model, instead of the store."
         ),
     ] = None,
+    networks: Annotated[
+        str,
+        typer.Option(
+            "--networks",
+            metavar="MODEL,..",
+            help="Also judge blocks (L2) and whole networks (L3): sums of the cells that the store "
+            "has of these models, such as zoo:resnet18, foretold without their shapes and family.",
+        ),
+    ] = "",
     prior: Prior = "",
     **given: Any,
 ) -> Answer:
@@ -137,13 +146,21 @@ def evaluate(
     )  # fmt: skip
     text = as_text(result)
     points = result.pop("points", [])
+    if networks:
+        from hwmpq.predict import levels
+        from hwmpq.side_jobs import measured_networks
+
+        options = shared.options(model="", **given)
+        nets = measured_networks(shared.words(networks), options, reporter())
+        result["levels"] = levels.levels(nets, chosen, found, given["seed"], seeds=seeds)
+        text += levels.as_text(result["levels"])
     if prior:
         from hwmpq.predict.transfer import shots
 
         result["S5"] = shots(load_prior(prior).point, chosen, found, seed=given["seed"])
         text += "".join(
-            f"S5 {k:>4} rows, {name}: within 10 %: {v['within_10_pct']:.1f}, "
-            f"rmspe {v['rmspe_pct']:.1f} %\n"
+            f"S5 {k:>4} rows, {name}{' (' + v['way'] + ')' if 'way' in v else ''}: "
+            f"within 10 %: {v['within_10_pct']:.1f}, rmspe {v['rmspe_pct']:.1f} %\n"
             for k, models in result["S5"].items()
             for name, v in models.items()
         )

@@ -18,19 +18,24 @@ from hwmpq.formats import Format
 from hwmpq.kernels import Call, Kernel, Schedule, kernel_named
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.nests.depthwise import EDGE
-from hwmpq.kernels.nests.gemm import Packing, blocks, pixels_of, row_cycles
+from hwmpq.kernels.nests.gemm import Packing, pixels_of
 from hwmpq.kernels.nests.image import Geometry
 from hwmpq.kernels.nests.tiling import Tiling
 from hwmpq.kernels.nests.toom import POINTS, SIDE
 from hwmpq.kernels.nests.winograd import Winograd, cycles
+from hwmpq.predict.loops import copy_cycles, depthwise_loops, gemm_loops
 from hwmpq.targets import Caches, Target
 from hwmpq.types import FloatArray, Workload
 
-#: compute: dots, by the micro-kernel's own estimate. copy: the padded or widened input. decode:
-#: unpacking the weights, packing operand b. epilogue: requantization and stores. restream: weight
-#: tiles that do not stay in L1. weights, activations: bytes from the level they lie in. call: 1.
+#: compute: dots, by the micro-kernel's own estimate. crowded: those of blocks that share the row
+#: loop with another block and with channels that fill no vector: their sums leave the registers.
+#: block: to begin a block of sums. epilogue: requantization and stores of whole vectors. tail:
+#: stores of single channels. copy: the padded or widened input. decode: unpacking the weights.
+#: operand: packing operand b. restream: weight tiles that do not stay in L1. weights, activations:
+#: bytes from the level they lie in. call: 1.
 TERMS = (
-    "compute", "copy", "decode", "epilogue", "restream", "weights", "activations", "call",
+    "compute", "crowded", "block", "epilogue", "tail", "copy", "decode", "operand", "restream",
+    "weights", "activations", "call",
 )  # fmt: skip
 #: Nominal cycles of one call of a kernel with its set-up.
 _CALL = 200.0
@@ -72,7 +77,11 @@ class Work:
     @property
     def memory_cycles(self) -> float:
         """Every byte once, from where it lies."""
-        return float(self.terms[TERMS.index("weights")] + self.terms[TERMS.index("activations")])
+        return self.term("weights") + self.term("activations")
+
+    def term(self, name: str) -> float:
+        """Nominal cycles of one of TERMS."""
+        return float(self.terms[TERMS.index(name)])
 
     @property
     def roofline(self) -> float:
@@ -140,10 +149,11 @@ def _transformed(
     moved = sum(n / bandwidth(n, caches, wide) for n in (direct.in_bytes, written))
     nominal = dict(zip(TERMS, direct.terms, strict=True)) | {
         "compute": spent.products / speedup,
-        "copy": 2.0 * direct.copied / micro.vector_bytes + spent.data / speedup,
+        "crowded": 0.0,
+        "block": 0.0,
+        "copy": direct.term("copy") + spent.data / speedup,
         "decode": spent.weights / speedup,
-        "epilogue": 6.0 * prod(workload.out_shape) / micro.lanes / speedup
-        + spent.results / speedup,
+        "epilogue": spent.results / speedup,
         "restream": spent.stream / speedup,
         "activations": moved / speedup,
     }
@@ -163,43 +173,32 @@ def _direct(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thr
     call = cell_call(workload, fmt, threads)
     schedule, micro = kernel.schedule(call), kernel.micro
     g, depthwise = Geometry.of(workload), workload.op == "depthwise"
-    oh, ow = g.out
     packing = Packing.of(g, micro, kernel.decoder.unit)
     vectors = -(-g.cout // micro.lanes) if depthwise else packing.vectors
     steps = g.kh * g.kw if depthwise else packing.steps
-    run = ow if depthwise else pixels_of(workload)
-    runs = g.n * oh if depthwise else g.groups if workload.has_weight else g.n
-    rows = min(schedule.rows, run)
-    if depthwise:  # the last block of pixels of a row is smaller
-        per_run = sum(
-            count_r * count_v * micro.cycles(r, v, fmt)
-            for count_r, r in blocks(ow, rows)
-            for count_v, v in blocks(vectors, schedule.vectors)
-        )
-    else:
-        per_run = row_cycles(run, vectors, replace(schedule, rows=rows), micro, fmt)
     lanes_padded = vectors * micro.lanes * (1 if depthwise else g.groups)
     copied = _copied(call, kernel, g, packing, depthwise)
-    weights = prod(workload.weight_shape)
+    weights, out = prod(workload.weight_shape), prod(workload.out_shape)
     weight_bytes = float(fmt.weight.packed_nbytes(weights))
     if not workload.has_weight:
         weight_bytes = float(weights * _ITEM[memory_dtype(call.b)])
     act = _ITEM[memory_dtype(call.x)]
-    in_bytes, out = float(prod(workload.in_shape) * act), prod(workload.out_shape)
+    in_bytes = float(prod(workload.in_shape) * act)
     residual_bytes = float(out * act if call.residual else 0)
     parallel = _parallel(g, schedule, vectors, workload)
     speedup = parallel / -(-parallel // threads)
     width = _ITEM[kernel.nest.weight_dtype(micro)]
     per_step = micro.lanes if depthwise else packing.width
     tile_bytes = float(min(schedule.vectors, vectors) * steps * per_step * width)
-    decoded = 0.0 if kernel.decoder.identity else float(g.groups * vectors * steps * per_step)
-    if depthwise and decoded:
-        decoded /= g.groups  # its vectors run over the groups
-    if not workload.has_weight:  # one element at a time (nests/gemm.py, _operand)
-        decoded = float(g.n * packing.vectors * packing.steps * packing.width) * micro.vector_bytes
+    decoded = 0.0 if kernel.decoder.identity else float(lanes_padded * steps * per_step)
+    decoded /= micro.lanes
+    operand = 0.0  # one element at a time (nests/operand.py)
+    if not workload.has_weight:
+        decoded, operand = 0.0, float(g.n * packing.vectors * packing.steps * packing.width)
     again = 0.0
     if tile_bytes > target.caches.l1d:
-        again = lanes_padded * steps * micro.kstep * width * g.n * oh * ow / rows
+        rows = min(schedule.rows, g.out[1] if depthwise else pixels_of(workload))
+        again = lanes_padded * steps * micro.kstep * width * g.n * prod(g.out) / rows
         again /= bandwidth(tile_bytes, target.caches, target.vector_bytes)
     passes = -(-vectors // schedule.vectors) if schedule.order == "vectors" else 1
     caches, wide = target.caches, target.vector_bytes
@@ -207,22 +206,21 @@ def _direct(workload: Workload, fmt: Format, kernel: Kernel, target: Target, thr
     cold = max(weight_bytes, 2.0 * caches.l2 + 1) if workload.has_weight else weight_bytes
     read = in_bytes * passes / bandwidth(in_bytes, caches, wide)
     written = out * act + residual_bytes
-    terms = np.array(
-        [
-            per_run * steps * micro.kstep * runs / speedup,
-            2.0 * copied * _ITEM[micro.a_dtype] / micro.vector_bytes,
-            decoded / micro.vector_bytes,
-            6.0 * out / micro.lanes * (1.5 if call.residual else 1.0) / speedup,
-            again / speedup,
-            weight_bytes / bandwidth(cold, caches, wide),
-            (read + written / bandwidth(written, caches, wide)) / speedup,
-            _CALL,
-        ]
-    )
+    loops = depthwise_loops(call, kernel, g) if depthwise else gemm_loops(call, kernel, g)
+    nominal = {
+        **{name: cycles / speedup for name, cycles in loops.items()},
+        "copy": copy_cycles(g, micro.vector_bytes // _ITEM[micro.a_dtype]) if copied else 0.0,
+        "decode": decoded / micro.vector_bytes,
+        "operand": operand,
+        "restream": again / speedup,
+        "weights": weight_bytes / bandwidth(cold, caches, wide),
+        "activations": (read + written / bandwidth(written, caches, wide)) / speedup,
+        "call": _CALL,
+    }
     return Work(
         g, schedule, float(workload.macs), in_bytes, weight_bytes, float(out * act),
         residual_bytes, peak_macs(fmt, kernel, target), steps * micro.kstep, lanes_padded, copied,
-        tile_bytes, parallel, speedup, terms,
+        tile_bytes, parallel, speedup, np.array([nominal[name] for name in TERMS]),
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from hwmpq.types import FloatArray
 
 #: Least share of its nominal cost that a term keeps: the estimate never loses sight of a term.
 _FLOOR = 0.02
+#: Residual (of a logarithm) beyond which a row pulls no harder: disturbed blocks are no shapes.
+_SLOPE = 0.1
 #: A model that starts from a prior gets this part of the trees of one that starts from nothing.
 _FURTHER = 4
 
@@ -29,9 +31,9 @@ class Settings:
     out-of-fold predictions; coverage: share of times that the band should hold; forest: trees of
     the random forest, a baseline."""
 
-    trees: int = 600
-    depth: int = 4
-    rate: float = 0.04
+    trees: int = 300
+    depth: int = 6
+    rate: float = 0.06
     folds: int = 5
     coverage: float = 0.9
     forest: int = 100
@@ -65,16 +67,17 @@ def train(
     x: F32, y: FloatArray, weight: FloatArray, seed: int, settings: Settings,
     names: Sequence[str] = NAMES, after: Any = None,
 ) -> Any:  # fmt: skip
-    """An xgboost.Booster of y on x, on one thread, the same for the same input. after: a Booster
-    whose trees come first."""
+    """An xgboost.Booster of y on x, on one thread, the same for the same input. weight: of rows, in
+    (0, 1]; its root counts, for even the steadiest row is off by what the features do not say.
+    after: a Booster whose trees come first."""
     import xgboost
 
-    data = xgboost.DMatrix(x, y, weight=weight, feature_names=list(names), nthread=1)
+    data = xgboost.DMatrix(x, y, weight=np.sqrt(weight), feature_names=list(names), nthread=1)
     options = {
-        "objective": "reg:squarederror", "tree_method": "hist", "nthread": 1, "seed": seed,
-        "eta": settings.rate, "max_depth": settings.depth, "subsample": 0.8,
-        "colsample_bytree": 0.6, "min_child_weight": 1.0, "lambda": settings.penalty,
-        "verbosity": 0,
+        "objective": "reg:pseudohubererror", "huber_slope": _SLOPE, "base_score": 0.0,
+        "tree_method": "hist", "nthread": 1, "seed": seed, "eta": settings.rate,
+        "max_depth": settings.depth, "subsample": 0.8, "colsample_bynode": 0.4,
+        "min_child_weight": 3.0, "lambda": settings.penalty, "verbosity": 0,
     }  # fmt: skip
     return xgboost.train(options, data, settings.trees, xgb_model=after)
 
@@ -97,28 +100,26 @@ class Point:
     load: float
 
     @staticmethod
-    def fit(table: Table, seed: int, settings: Settings, prior: Point | None = None) -> Point:
-        """prior: of another target. Its trees come first, and as its clock is not this one's, its
-        factors are scaled; new trees learn what is left."""
-        if prior is not None:
-            return prior.adapted(table, seed, settings)
+    def fit(table: Table, seed: int, settings: Settings) -> Point:
         found = factors(table)
         ratio = np.log(table.quiet / (table.terms @ found))
         booster = train(table.x, ratio, table.weight, seed, settings)
         return Point(found, booster, load(table))
 
-    def adapted(self, table: Table, seed: int, settings: Settings) -> Point:
-        """This model continued on the rows of another target; itself without any."""
-        if not len(table):
-            return self
+    def scaled(self, table: Table) -> Point:
+        """This model at the speed of other rows: one factor, whatever they are."""
         known = np.log(table.quiet / (table.terms @ self.factors))
         scale = float(np.exp(np.median(known - ratios(self.booster, table.x))))
-        # few rows: shallow trees, held back
+        return replace(self, factors=self.factors * scale, load=load(table))
+
+    def stacked(self, table: Table, seed: int, settings: Settings) -> Point:
+        """`scaled`, and new trees for what is left of other rows: shallow ones, held back."""
+        base = self.scaled(table)
+        left = np.log(table.quiet / (table.terms @ base.factors))
         trees = settings.trees // _FURTHER
         further = replace(settings, trees=trees, depth=3, penalty=5 * settings.penalty)
-        ratio = known - np.log(scale)
-        booster = train(table.x, ratio, table.weight, seed, further, after=self.booster)
-        return Point(self.factors * scale, booster, load(table))
+        booster = train(table.x, left, table.weight, seed, further, after=self.booster)
+        return replace(base, booster=booster)
 
     def seconds(self, x: F32, terms: FloatArray) -> FloatArray:
         """x: [n, features], terms: [n, TERMS] -> [n]."""

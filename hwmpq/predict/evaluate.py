@@ -6,8 +6,8 @@ S3, new formats: one format is left out at a time on half of the shapes, and jud
 S4, new time: as S1, judged on what cells that were timed twice took the other time.
 S5, new device: `transfer.shots`, which needs another target's model.
 Who is on which side is told by hashes of group keys, before any fit. All models see the same rows.
-A choice among formats needs tau_format; a budget, bias and p90. This is level L1, kernels; whole
-networks (L2) and decisions (L3) need a device: tools/bench/additivity.py, tools/bench/decisions.py.
+A choice among formats needs tau_format; a budget, bias and p90. This is level L1, layers; blocks
+and whole networks are in `levels`, decisions need a device: tools/bench/decisions.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from hwmpq.errors import InputError
 from hwmpq.predict.baselines import BASELINES, Baseline, ours, without
 from hwmpq.predict.boost import DEFAULTS, Settings
 from hwmpq.predict.features import PARTS
-from hwmpq.predict.metrics import errors, interval, metrics
-from hwmpq.predict.model import band
+from hwmpq.predict.metrics import errors, interval, metrics, over_seeds
 from hwmpq.predict.rows import Row, Table, folds
+from hwmpq.predict.spread import Spread
 from hwmpq.targets import Target
 from hwmpq.types import FloatArray
 
@@ -33,6 +33,8 @@ SPLITS: tuple[Split, ...] = ("S1", "S2", "S3", "S4")
 Mask = NDArray[np.bool_]
 #: Upper ends, in seconds, of the classes of time that are reported apart.
 DECADES = {"below 10 us": 1e-5, "10 to 100 us": 1e-4, "0.1 to 1 ms": 1e-3, "above 1 ms": np.inf}
+#: Shares of the times that upper ends are judged for.
+QUANTILES = (0.5, 0.8, 0.9, 0.95)
 #: A stratum of fewer rows is not called the worst.
 _FEW = 20
 
@@ -46,10 +48,11 @@ def evaluate(
     `ablate` also 'no PART'.
 
     A split that the rows do not allow (no families, one format, no cell timed twice) is left out.
-    noise_ceiling: the most that any predictor can show. With S1: coverage, share within the band of
-    the other folds; quiet: errors against the least samples; points: [(measured, predicted,
-    operator, format)]. seeds: so many models of ours, each with folds of its own; their values are
-    means, and 'spread' has each metric's standard deviation over them.
+    noise_ceiling: the most that any predictor can show. With S1: coverage, shares within the band
+    and below the upper ends ('upper 0.8') that the other folds give; quiet: errors against the
+    least samples; points: [(measured, predicted, operator, format)]. seeds: so many models of ours,
+    each with folds of its own; their values are means, and 'spread' has each metric's standard
+    deviation over them.
     """
     table = Table.of(rows, target)
     models: dict[str, Baseline] = {"hwmpq": ours, **BASELINES}
@@ -75,7 +78,7 @@ def evaluate(
                                          settings), s, 0)
             for s in range(seed + 1, seed + seeds)
         ]  # fmt: skip
-        result["splits"][split] = {**judged, "hwmpq": _over_seeds(judged["hwmpq"], more)}
+        result["splits"][split] = {**judged, "hwmpq": over_seeds(judged["hwmpq"], more)}
         if split == "S1":
             p = found["hwmpq"]
             result["coverage"] = _coverage(table, p, seed, settings)
@@ -112,7 +115,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         quiet = result["quiet"]
         lines += [
             "",
-            f"band: {100 * result['coverage']:.1f} % of times inside",
+            f"band: {100 * result['coverage']['band']:.1f} % of times inside; below upper ends: "
+            + ", ".join(
+                f"{100 * result['coverage'][_upper(q)]:.1f} of {100 * q:g} %" for q in QUANTILES
+            ),
             f"against the least samples: within 10 %: {quiet['within_10_pct']:.1f}, "
             f"rmspe {quiet['rmspe_pct']:.1f} %",
         ]
@@ -150,15 +156,6 @@ def _truth(table: Table, split: Split) -> FloatArray:
     if split != "S4":
         return table.y
     return np.array([row.again_s[-1] if row.again_s else np.nan for row in table.rows])
-
-
-def _over_seeds(first: dict[str, Any], more: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if not more:
-        return first
-    keys = [key for key in first if key not in ("interval", "rows")]
-    values = np.array([[one[key] for key in keys] for one in (first, *more)])
-    spread = dict(zip(keys, values.std(axis=0, ddof=1).tolist(), strict=True))
-    return {**first, **dict(zip(keys, values.mean(axis=0).tolist(), strict=True)), "spread": spread}
 
 
 def _cuts(table: Table, split: Split, seed: int, settings: Settings) -> Iterator[tuple[Mask, Mask]]:
@@ -217,15 +214,26 @@ def _judged(table: Table, y: FloatArray, p: FloatArray, seed: int, draws: int) -
     return {**found, "interval": interval(y, p, group, seed, draws)} if draws else found
 
 
-def _coverage(table: Table, p: FloatArray, seed: int, settings: Settings) -> float:
-    """Share of rows within the band made of the other folds' residuals."""
+def _coverage(table: Table, p: FloatArray, seed: int, settings: Settings) -> dict[str, float]:
+    """Share of rows within the band, and below each upper end, made of the other folds' rows."""
     residual = np.log(table.y / p)
     fold = folds(table.group.tolist(), settings.folds, seed)
-    inside = np.zeros(len(table), bool)
+    held_by = {name: np.zeros(len(table), bool) for name in ("band", *map(_upper, QUANTILES))}
     for held in range(settings.folds):
-        low, high = band(residual[fold != held], table.group[fold != held], settings.coverage)
-        inside |= (fold == held) & (residual >= low) & (residual <= high)
-    return float(inside.mean())
+        test, known = fold == held, fold != held
+        spread = Spread.fit(
+            table.x[known], residual[known], table.group[known], seed, settings.folds,
+            settings.coverage,
+        )  # fmt: skip
+        ends = spread.band(table.x[test])
+        held_by["band"][test] = (residual[test] >= ends[:, 0]) & (residual[test] <= ends[:, 1])
+        for q in QUANTILES:
+            held_by[_upper(q)][test] = residual[test] <= spread.upper(table.x[test], q)
+    return {name: float(inside.mean()) for name, inside in held_by.items()}
+
+
+def _upper(q: float) -> str:
+    return f"upper {q:g}"
 
 
 def _strata(table: Table, p: FloatArray) -> dict[str, dict[str, float]]:

@@ -23,7 +23,7 @@ from hwmpq.targets import Target
 from hwmpq.types import LAYER_OPS, Workload
 
 #: Raise it when a name or the meaning of a value changes; a model of another version is refused.
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 
 F32 = NDArray[np.float32]
 EPILOGUE = ("bias", "add", "relu", "clamp", "gelu", "silu", "hardswish", "scale")

@@ -1,6 +1,6 @@
-"""The folder of a cost model: model.ubj, card.toml, rows.jsonl. No pickle, no dates.
+"""The folder of a cost model: model.ubj, heads.ubj, card.toml, rows.jsonl. No pickle, no dates.
 
-The card holds the hash of the other two files and the predicted seconds of some rows: a folder that
+The card holds the hash of the other files and the predicted seconds of some rows: a folder that
 was cut short, or whose features have silently changed since, is refused.
 """
 
@@ -22,26 +22,31 @@ from hwmpq.predict.boost import Point, Settings
 from hwmpq.predict.features import FEATURES_VERSION, NAMES
 from hwmpq.predict.model import Predictor, Scope
 from hwmpq.predict.rows import Row, Table
+from hwmpq.predict.spread import Spread
 from hwmpq.targets import Target
 from hwmpq.targets import load as load_target
 from hwmpq.types import digest
 
-CARD_VERSION = 2
-MODEL, CARD, ROWS = "model.ubj", "card.toml", "rows.jsonl"
+CARD_VERSION = 3
+MODEL, HEADS, CARD, ROWS = "model.ubj", "heads.ubj", "card.toml", "rows.jsonl"
 _MAX_BYTES = 256 << 20
 _PROBES = 16
 _AGAIN = "Train it again: python tools/train_cost_model.py --target {target}."
 
 
 def save(predictor: Predictor, folder: Path) -> None:
-    """Write the three files; the card last, so that an interrupted save is seen by `load`."""
+    """Write the files; the card last, so that an interrupted save is seen by `load`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
-    model = bytes(predictor.point.booster.save_raw(raw_format="ubj"))
     rows = "".join(json.dumps(row.to_json(), sort_keys=True) + "\n" for row in predictor.rows)
-    (folder / MODEL).write_bytes(model)
-    (folder / ROWS).write_bytes(rows.encode())
-    (folder / CARD).write_text(_toml(_card(predictor, model, rows.encode())), encoding="utf-8")
+    parts = {
+        MODEL: bytes(predictor.point.booster.save_raw(raw_format="ubj")),
+        HEADS: bytes(predictor.spread.booster.save_raw(raw_format="ubj")),
+        ROWS: rows.encode(),
+    }
+    for name, data in parts.items():
+        (folder / name).write_bytes(data)
+    (folder / CARD).write_text(_toml(_card(predictor, parts)), encoding="utf-8")
 
 
 def load(folder: Path, target: Target | None) -> Predictor:
@@ -71,19 +76,22 @@ def _predictor(card: Mapping[str, Any], folder: Path, target: Target | None) -> 
     ):
         if got != allowed:
             raise InputError(f"{what} of the cost model {folder}", got, allowed, again)
-    model, lines = (_read(folder / item, card["sha256"][item]) for item in (MODEL, ROWS))
-    booster = _booster(folder, model, again)
+    model, heads, lines = (
+        _read(folder / item, card["sha256"][item]) for item in (MODEL, HEADS, ROWS)
+    )
     rows = _rows(lines)
     scope, bands = card["scope"], card["band"]
     predictor = Predictor(
         target,
         Point(
-            np.array([card["factors"][term] for term in TERMS], np.float64), booster,
-            float(card["load"]),
+            np.array([card["factors"][term] for term in TERMS], np.float64),
+            _booster(folder, model, again), float(card["load"]),
         ),
-        (bands["known"][0], bands["known"][1]),
+        Spread(
+            _booster(folder, heads, again), float(bands["below"]),
+            tuple(map(float, bands["above"])), float(card["settings"]["coverage"]),
+        ),
         (bands["novel"][0], bands["novel"][1]) if "novel" in bands else None,
-        tuple(map(float, bands["above"])),
         Scope(
             frozenset(scope["ops"]), frozenset(scope["threads"]), frozenset(scope["formats"]),
             frozenset(scope["kernels"]), (scope["estimate_s"][0], scope["estimate_s"][1]),
@@ -125,8 +133,8 @@ def facts(target: Target) -> str:
     )  # fmt: skip
 
 
-def _card(p: Predictor, model: bytes, rows: bytes) -> dict[str, Any]:
-    bands = {"known": list(p.known), "above": list(p.above)}
+def _card(p: Predictor, parts: Mapping[str, bytes]) -> dict[str, Any]:
+    bands: dict[str, Any] = {"below": p.spread.below, "above": list(p.spread.above)}
     bands |= {"novel": list(p.novel)} if p.novel else {}
     settings = vars(p.settings)
     return {
@@ -153,7 +161,7 @@ def _card(p: Predictor, model: bytes, rows: bytes) -> dict[str, Any]:
             "kernels": sorted(p.scope.kernels),
             "estimate_s": list(p.scope.estimate_s),
         },
-        "sha256": {MODEL: _sha256(model), ROWS: _sha256(rows)},
+        "sha256": {name: _sha256(data) for name, data in parts.items()},
         "errors": {split: dict(values) for split, values in p.errors.items()},
     }
 
@@ -170,7 +178,7 @@ def _read_card(folder: Path) -> Mapping[str, Any]:
         card = tomllib.loads((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(
-            f"no readable cost model in {folder}", error, f"{MODEL}, {CARD} and {ROWS}",
+            f"no readable cost model in {folder}", error, f"{MODEL}, {HEADS}, {CARD} and {ROWS}",
             "Train one: python tools/train_cost_model.py --help.",
         ) from error  # fmt: skip
     if card.get("card") != CARD_VERSION:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,3 +102,14 @@ def interval(
     means[:, 0] = np.sqrt(means[:, 0])
     low, high = np.quantile(100.0 * means, (0.025, 0.975), axis=0)
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(MEANS)}
+
+
+def over_seeds(first: dict[str, Any], more: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the first and more judgements, with the 'spread' of each value, its standard
+    deviation; intervals and counts are those of the first."""
+    if not more:
+        return first
+    keys = [key for key in first if key not in ("interval", "rows", "sums")]
+    values = np.array([[one[key] for key in keys] for one in (first, *more)])
+    spread = dict(zip(keys, values.std(axis=0, ddof=1).tolist(), strict=True))
+    return {**first, **dict(zip(keys, values.mean(axis=0).tolist(), strict=True)), "spread": spread}

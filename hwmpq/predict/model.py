@@ -1,31 +1,32 @@
 """Predictor: seconds of a cell that was not measured, with an interval.
 
 The point is the geometric centre of the time. The band comes from residuals of predictions made
-without any format of the same shape (out of fold by group), pooled with equal weight per group:
-Dunn, Wasserman and Ramdas, Distribution-Free Prediction Sets for Two-Layer Hierarchical Models,
-JASA 2022. It holds for new shapes like those measured. A format or kernel not trained on, or a cell
-outside the trained range of times, gets a second band, from residuals of predictions made without
-that format as well: that one promises no coverage.
+without any format of the same shape (out of fold by group; `spread`). It holds for new shapes like
+those measured. A format or kernel not trained on, or a cell outside the trained range of times,
+gets a second band, from residuals of predictions made without that format as well: that one
+promises no coverage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwmpq.errors import InputError
 from hwmpq.formats import Format
 from hwmpq.kernels import Kernel
 from hwmpq.predict.analytic import resolve, work
 from hwmpq.predict.boost import DEFAULTS, Point, Settings
-from hwmpq.predict.features import of_work
+from hwmpq.predict.features import F32, of_work
 from hwmpq.predict.metrics import metrics
 from hwmpq.predict.rows import Row, Table, folds
+from hwmpq.predict.spread import LEVELS, Band, Spread, band
+from hwmpq.predict.transfer import fitter
 from hwmpq.targets import Target
 from hwmpq.types import FloatArray, Workload
 
@@ -34,10 +35,8 @@ MIN_GROUPS = 20
 #: How far outside the trained range of static estimates a cell may lie and still count as known.
 _BEYOND = 2.0
 
-#: Shares of the times that `Predictor.above` states an upper end for.
-LEVELS = tuple(round(0.01 * k, 2) for k in range(50, 100))
-
-Band: TypeAlias = tuple[float, float]
+#: Trains the point model on a table.
+Fit: TypeAlias = Callable[[Table], Point]
 Cell: TypeAlias = tuple[Workload, Format, Kernel | str, int]
 
 
@@ -54,16 +53,14 @@ class Scope:
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """point: the model; known, novel: log(time / prediction) at both ends of the band; novel is
-    None where one format is all there was. above: log(time / prediction) that 50, 51, ... 99 % of
-    the times of new shapes stay below. errors: split -> metric -> value, as in the card. prior:
-    target whose model it started from."""
+    """point: the model; spread: the band of cells like those measured; novel: log(time /
+    prediction) at both ends of that of others, None where one format is all there was. errors:
+    split -> metric -> value, as in the card. prior: target whose model it started from."""
 
     target: Target
     point: Point
-    known: Band
+    spread: Spread
     novel: Band | None
-    above: tuple[float, ...]
     scope: Scope
     rows: tuple[Row, ...]
     seed: int = 0
@@ -92,21 +89,22 @@ class Predictor:
                 "different shapes among the rows of a cost model", shapes,
                 f"at least {needed}", "Measure more layers, or more networks, on this target.",
             )  # fmt: skip
-        start = None if prior is None else prior.point
-        point = Point.fit(table, seed, settings, start)
-        out = out_of_fold(table, seed, settings, start)
-        unseen = _without_format(table, seed, settings, start)
-        formats = frozenset(row.format for row in rows)
+        fit = fitter(table, seed, settings, None if prior is None else prior.point)
+        point = fit(table)
+        out = out_of_fold(table, seed, settings.folds, fit)
+        unseen = _without_format(table, seed, settings.folds, fit)
         estimate = table.terms @ point.factors
-        residual = np.log(table.y / out)
         found = Predictor(
-            target, point, band(residual, table.group, settings.coverage),
+            target, point,
+            Spread.fit(
+                table.x, np.log(table.y / out), table.group, seed, settings.folds,
+                settings.coverage, None if prior is None else prior.spread,
+            ),
             None if np.isnan(unseen).all()
             else band(np.log(table.y / unseen), table.group, settings.coverage),
-            tuple(above(residual, table.group, q) for q in LEVELS),
             Scope(
                 frozenset(row.workload.op for row in rows),
-                frozenset(row.threads for row in rows), formats,
+                frozenset(row.threads for row in rows), frozenset(row.format for row in rows),
                 frozenset(row.kernel for row in rows),
                 (float(estimate.min()), float(estimate.max())),
             ),
@@ -116,14 +114,12 @@ class Predictor:
         return found if prior is None else found._with_prior(prior)
 
     def _with_prior(self, prior: Predictor) -> Predictor:
-        """As wide in its bands as the prior, and as wide in what it knows."""
-        novel = prior.novel or prior.known
+        """As wide as the prior in what it knows, and in its band of what it does not."""
         own, other = self.scope, prior.scope
+        novel = [item for item in (self.novel, prior.novel) if item]
         return replace(
             self,
-            known=_around(self.known, prior.known),
-            novel=_around(self.novel or self.known, novel),
-            above=tuple(map(max, self.above, prior.above)),
+            novel=_around(novel[0], novel[-1]) if novel else None,
             scope=replace(
                 own, ops=own.ops | other.ops, formats=own.formats | other.formats,
                 kernels=own.kernels | other.kernels,
@@ -147,25 +143,12 @@ class Predictor:
         """
         if not cells:
             return np.zeros((0, 3))
-        x, terms, names = [], [], []
-        for workload, fmt, kernel, threads in cells:
-            reason = self.why_not(workload, fmt, threads)
-            if reason:
-                raise InputError(reason, next="Measure the cell instead, or train with such rows.")
-            found = resolve(kernel, workload, fmt, self.target)
-            done = work(workload, fmt, found, self.target, threads)
-            x.append(of_work(workload, fmt, found, self.target, threads, done))
-            terms.append(done.terms)
-            names.append(found.name)
-        table = np.stack(terms)
-        centre = self.point.seconds(np.stack(x), table)
-        low, high = self.scope.estimate_s
-        estimate = table @ self.point.factors
-        bands = [
-            self._band(fmt.name, name, low / _BEYOND <= static <= high * _BEYOND)
-            for (_, fmt, _, _), name, static in zip(cells, names, estimate, strict=True)
-        ]
-        return np.column_stack([centre, centre[:, None] * np.exp(np.array(bands))])
+        centre, x, fresh = self._centre(cells)
+        bands = self.spread.band(x)
+        if self.novel is not None:
+            bands[fresh, 0] = np.minimum(bands[fresh, 0], self.novel[0])
+            bands[fresh, 1] = np.maximum(bands[fresh, 1], self.novel[1])
+        return np.column_stack([centre, centre[:, None] * np.exp(bands)])
 
     def upper(self, cells: Sequence[Cell], q: float = 0.8) -> FloatArray:
         """[cells]: seconds that a share q of the times of such cells stays below, from 0.5 to 0.99.
@@ -176,15 +159,35 @@ class Predictor:
         """
         if not LEVELS[0] <= q <= LEVELS[-1]:
             raise InputError("share of an upper time", q, f"{LEVELS[0]} to {LEVELS[-1]}")
-        found = self.predict_many(cells)
         if not cells:
-            return found[:, 0]
-        level = int(np.searchsorted(np.array(LEVELS), q - 1e-9))
-        # a wider band than the usual one marks a cell that is new in kind
-        usual = found[:, 0] * np.exp(self.known[1])
-        fresh = found[:, 2] > usual * (1 + 1e-9)
-        held = found[:, 0] * np.exp(self.above[level])
-        return np.asarray(np.where(fresh, np.maximum(held, found[:, 2]), held))
+            return np.zeros(0)
+        centre, x, fresh = self._centre(cells)
+        held = self.spread.upper(x, q)
+        if self.novel is not None:
+            held[fresh] = np.maximum(held[fresh], self.novel[1])
+        return np.asarray(centre * np.exp(held))
+
+    def _centre(self, cells: Sequence[Cell]) -> tuple[FloatArray, F32, NDArray[np.bool_]]:
+        """Of each cell: predicted seconds, features, and whether it is unlike those measured."""
+        x, terms, names = [], [], []
+        for workload, fmt, kernel, threads in cells:
+            reason = self.why_not(workload, fmt, threads)
+            if reason:
+                raise InputError(reason, next="Measure the cell instead, or train with such rows.")
+            found = resolve(kernel, workload, fmt, self.target)
+            done = work(workload, fmt, found, self.target, threads)
+            x.append(of_work(workload, fmt, found, self.target, threads, done))
+            terms.append(done.terms)
+            names.append(found.name)
+        low, high = self.scope.estimate_s
+        estimate = np.stack(terms) @ self.point.factors
+        new = [
+            fmt.name not in self.scope.formats or name not in self.scope.kernels
+            for (_, fmt, _, _), name in zip(cells, names, strict=True)
+        ]
+        outside = (estimate < low / _BEYOND) | (estimate > high * _BEYOND)
+        rows = np.stack(x)
+        return self.point.seconds(rows, np.stack(terms)), rows, np.array(new) | outside
 
     def why_not(self, workload: Workload, fmt: Format, threads: int = 1) -> str | None:
         """None when the cell can be predicted, else the reason."""
@@ -197,12 +200,6 @@ class Predictor:
         if fmt.name not in scope.formats and self.novel is None:
             return f"the cost model of {self.target.name} has seen one format, not {fmt.name}"
         return None
-
-    def _band(self, fmt: str, kernel: str, inside: bool) -> Band:
-        fresh = fmt not in self.scope.formats or kernel not in self.scope.kernels or not inside
-        if not fresh or self.novel is None:
-            return self.known
-        return _around(self.known, self.novel)
 
     def save(self, folder: str | Path) -> None:
         """Write model.ubj, card.toml and rows.jsonl into the folder, which is made."""
@@ -226,21 +223,17 @@ def _around(a: Band, b: Band) -> Band:
     return min(a[0], b[0]), max(a[1], b[1])
 
 
-def out_of_fold(
-    table: Table, seed: int, settings: Settings, prior: Point | None = None
-) -> FloatArray:
-    """Every row's seconds by a model that saw no row of its group: [n]."""
+def out_of_fold(table: Table, seed: int, count: int, fit: Fit) -> FloatArray:
+    """Every row's seconds by a model that saw no row of its group: [n]. count: folds."""
     found = np.full(len(table), np.nan)
-    fold = folds(table.group.tolist(), settings.folds, seed)
-    for held in range(settings.folds):
-        point = Point.fit(table.part(fold != held), seed, settings, prior)
+    fold = folds(table.group.tolist(), count, seed)
+    for held in range(count):
+        point = fit(table.part(fold != held))
         found[fold == held] = point.seconds(table.x[fold == held], table.terms[fold == held])
     return found
 
 
-def _without_format(
-    table: Table, seed: int, settings: Settings, prior: Point | None = None
-) -> FloatArray:
+def _without_format(table: Table, seed: int, count: int, fit: Fit) -> FloatArray:
     """Seconds by models that saw neither the row's group nor its format: [n]. nan for the rows
     not asked (each fold leaves out one part of the groups and one of the formats), and everywhere
     when there is but one format."""
@@ -248,41 +241,13 @@ def _without_format(
     names = [row.format for row in table.rows]
     if len(set(names)) == 1:
         return found
-    fold = folds(table.group.tolist(), settings.folds, seed)
-    count = min(settings.folds, len(set(names)))
-    kind = folds(names, count, seed)
-    for held in range(settings.folds):
-        test = (fold == held) & (kind == held % count)
-        train = (fold != held) & (kind != held % count)
+    fold = folds(table.group.tolist(), count, seed)
+    kinds = min(count, len(set(names)))
+    kind = folds(names, kinds, seed)
+    for held in range(count):
+        test = (fold == held) & (kind == held % kinds)
+        train = (fold != held) & (kind != held % kinds)
         if test.any() and train.any():
-            point = Point.fit(table.part(train), seed, settings, prior)
+            point = fit(table.part(train))
             found[test] = point.seconds(table.x[test], table.terms[test])
     return found
-
-
-def band(residual: FloatArray, groups: Sequence[str] | np.ndarray, coverage: float) -> Band:
-    """Both ends of the central band of residuals (nan: left out), each group counting as one.
-
-    Half of what may lie outside lies on each side.
-    """
-    side = (1 + coverage) / 2
-    return -above(-residual, groups, side), above(residual, groups, side)
-
-
-def above(residual: FloatArray, groups: Sequence[str] | np.ndarray, q: float) -> float:
-    """What a share q of the residuals (nan: left out) of a new group stays below, each group
-    counting as one: at the level ceil((G + 1) · q) / G of G groups, at most the outermost."""
-    use = ~np.isnan(residual)
-    names, index, sizes = np.unique(
-        np.asarray(groups)[use], return_inverse=True, return_counts=True
-    )
-    share = 1.0 / (sizes[index] * len(names))
-    level = min(1.0, ceil((len(names) + 1) * q) / len(names))
-    return _quantile(residual[use], share, level)
-
-
-def _quantile(values: FloatArray, share: FloatArray, level: float) -> float:
-    """The least value with at least `level` of the weight at or below it."""
-    order = np.argsort(values, kind="stable")
-    reached = np.searchsorted(np.cumsum(share[order]), level - 1e-12)
-    return float(values[order][min(int(reached), len(values) - 1)])

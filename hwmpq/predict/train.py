@@ -121,7 +121,7 @@ def train(
         for split, models in result["splits"].items()
         for model, values in models.items()
     }
-    told["band"] = {"coverage": result["coverage"]}
+    told["coverage"] = result["coverage"]
     told["noise ceiling"] = {**result["noise_ceiling"]}
     judged = replace(predictor, errors=told)
     judged.save(folder or data_folder("cost_models") / target.name)
