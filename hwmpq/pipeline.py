@@ -9,6 +9,7 @@ survey            whole artifacts timed, prices fitted on them, arrays for the s
 candidates        the method's plan, with what the solver proved, and the exact ones beside it
 Bench             compiled; timed beside the fp32 and uniform artifacts; its accuracy measured
 refitted          what they took corrects the prices; solved again until the plan stays the same
+confirmed         the best few timed once more, afresh
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hwmpq import methods
 from hwmpq.errors import InfeasibleError, InputError
 from hwmpq.measure import WorkerProcess
 from hwmpq.methods.study import Chosen, Study
-from hwmpq.methods.trials import Trial, attempt_all, candidates, frozen
+from hwmpq.methods.trials import Trial, attempt_all, candidates, confirmed, frozen
 from hwmpq.stages import budget as budgets
 from hwmpq.stages import imported
 from hwmpq.stages.bench import Attempt, Bench, Clock, baseline_names, limit_seconds
@@ -155,7 +156,8 @@ def closed_loop(bench: Bench, ground: Ground) -> tuple[Trial, int]:
     """The best plan within the budgets by its measured time, and the rounds it took.
 
     In each a few plans are timed, their times correct the prices, and the problem is solved again,
-    until the plan stays the same and is within the limit. Raises InfeasibleError.
+    until the plan stays the same and is within the limit. The best few are then timed afresh.
+    Raises InfeasibleError.
     """
     study = Study(bench.job, bench.facts)
     tried: list[Trial] = []
@@ -192,7 +194,7 @@ def closed_loop(bench: Bench, ground: Ground) -> tuple[Trial, int]:
                 f"round {rounds}: measured {own.own.latency_s * 1e3:.3g} ms against a limit of "
                 f"{own.limit_s * 1e3:.3g} ms; solving again"
             )
-    return min(tried, key=Trial.order), rounds
+    return confirmed(bench, tried), rounds
 
 
 def _fastest(bench: Bench, ground: Ground, points: list[Point], max_drop: float) -> Plan:

@@ -22,7 +22,15 @@ from hwmpq.stages.latency import LatencyFacts
 from hwmpq.stages.menu import Menu, uniform
 from hwmpq.stages.pricing import price
 from hwmpq.stages.timing import Timed, stored_times, time_artifacts, torch_eager_s
-from hwmpq.stages.verify import Accuracy, deployed_outputs, float_logits, measure_accuracy, score
+from hwmpq.stages.verify import (
+    Accuracy,
+    deployed_outputs,
+    float_logits,
+    measure_accuracy,
+    runs,
+    score,
+    simulated,
+)
 from hwmpq.types import Assignment
 
 #: Uniform artifacts that every plan is compared with, where the target runs them.
@@ -96,7 +104,7 @@ class Bench:
         self.worker, self.limit = worker, limit
         self.statistic = limit.statistic if limit else "median"
         count = min(SAMPLES, len(facts.images.calib))
-        self.samples = facts.images.calib.batch(range(count))
+        self.samples = {job.graph.inputs[0]: facts.images.calib.batch(range(count))}
         self.baselines: dict[str, Made] = {}
         self.attempts = 0
         self._reference: Any = None
@@ -112,7 +120,10 @@ class Bench:
         return {name: uniform(facts.menu, network, name)[0] for name in names}
 
     def mixed(self) -> dict[str, Assignment]:
-        """MIXED random assignments, of the formats that every layer has a time for."""
+        """MIXED random assignments, of the formats that every layer has a time for; none where
+        artifacts take just the sum of their cells."""
+        if self.job.estimated:
+            return {}
         chance = np.random.default_rng(self.job.options.seed)
         found: dict[str, Assignment] = {}
         for i in range(MIXED):
@@ -142,27 +153,41 @@ class Bench:
         return stored_times(self.job, plans, self.statistic, measure)
 
     def time(self, plans: Mapping[str, Made]) -> dict[str, Timed]:
-        """Time the baselines and the plans in one run."""
+        """Time the baselines and the plans in one run; or give their prices where nothing is."""
         self.add_baselines()
+        if self.job.estimated:
+            return {name: self._priced(m) for name, m in {**self.baselines, **plans}.items()}
         folders = {name: made.path for name, made in {**self.baselines, **plans}.items()}
         with self.clock.time("verify"), self.job.progress.stage("time the artifacts", None):
             return time_artifacts(self.job, folders, self.statistic, self.worker)
+
+    def _priced(self, made: Made) -> Timed:
+        """The price of an artifact, as if it had been timed."""
+        seconds = price(self.job, made.assignment, self.facts.latency)
+        return Timed(seconds, (seconds, seconds), (seconds,), {})
 
     def attempt(
         self, plans: Sequence[tuple[Assignment, Quantizers]], latency: LatencyFacts
     ) -> list[Attempt]:
         """Compile plans and time them in one run with the baselines."""
-        made = {}
+        made = []
         for assignment, quantizers in plans:
-            name = f"plan{self.attempts}"
-            made[name] = self.compile(assignment, name, quantizers)
+            made.append(self.compile(assignment, f"plan{self.attempts}", quantizers))
             self.attempts += 1
-        timed = self.time(made)
+        prices = [price(self.job, one.assignment, latency) for one in made]
+        return self._attempted(made, prices)
+
+    def again(self, attempts: Sequence[Attempt]) -> list[Attempt]:
+        """The same artifacts timed afresh, in one run with the baselines."""
+        return self._attempted([a.made for a in attempts], [a.predicted_s for a in attempts])
+
+    def _attempted(self, made: Sequence[Made], prices: Sequence[float]) -> list[Attempt]:
+        timed = self.time({one.path.name: one for one in made})
         beside = {name: timed[name] for name in self.baselines}
         limit = limit_seconds(self.limit, beside)
         return [
-            Attempt(one, price(self.job, one.assignment, latency), timed[name], beside, limit)
-            for name, one in made.items()
+            Attempt(one, predicted_s, timed[one.path.name], beside, limit)
+            for one, predicted_s in zip(made, prices, strict=True)
         ]
 
     def reference(self) -> Any:
@@ -182,17 +207,25 @@ class Bench:
 
     def baseline_rows(self, timed: Mapping[str, Timed]) -> dict[str, dict[str, Any]]:
         """Time, accuracy and size of each uniform artifact; others: layers in another format."""
-        test, reference, rows = self.facts.images.test, self.reference(), {}
+        rows: dict[str, dict[str, Any]] = {}
         with self.clock.time("verify"):
             eager = torch_eager_s(self.job)
             for name, made in self.baselines.items():
-                outputs = deployed_outputs(self.job, made.path, test, f"uniform {name}")
                 rows[name] = {
                     "latency_s": timed[name].latency_s,
-                    "accuracy": score(self.job, outputs, reference, test),
+                    "accuracy": self._score(made, name),
                     "nbytes": made.weight_bytes,
                     "others": uniform(self.facts.menu, self.job.network, name)[1],
                 }
         if eager is not None:
             rows["fp32"]["vs_torch_eager"] = eager / timed["fp32"].latency_s
         return rows
+
+    def _score(self, made: Made, name: str) -> float:
+        """Of a uniform artifact: its own, or the exact simulator's where no machine runs it."""
+        job, test, reference = self.job, self.facts.images.test, self.reference()
+        if not runs(job):
+            numbers = self.facts.quantizers
+            return float(simulated(job, made.assignment, numbers, test, reference).simulated)
+        outputs = deployed_outputs(job, made.path, test, f"uniform {name}")
+        return score(job, outputs, reference, test)

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hwmpq import artifact, tensors, toolchain
 from hwmpq.artifact.folder import write_json
 from hwmpq.artifact.golden import SAMPLES, checksum
+from hwmpq.artifact.manifest import GOLDEN, LIBRARY, PARAMETERS
+from hwmpq.errors import InputError
 from hwmpq.formats import format_named
 from hwmpq.graph import Graph
 from hwmpq.kernels import Kernel, best
-from hwmpq.kernels.build import export
+from hwmpq.kernels.build import archive, export
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.lower.layout import NHWC, layouts
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages.job import Job
 from hwmpq.stages.schedule import timed_kernel
-from hwmpq.targets import FEATURES
+from hwmpq.targets import FEATURES, Target
 from hwmpq.types import Assignment
+
+if TYPE_CHECKING:
+    from hwmpq import lower
+
+_OBJECTS = "model.a"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,23 +57,20 @@ def make_artifact(
     assignment: Assignment,
     quantizers: Quantizers,
     folder: Path,
-    samples: np.ndarray,
-    facts: Mapping[str, Any] | None = None,
+    samples: Mapping[str, np.ndarray],
+    sizes: Mapping[int, Job] | None = None,
+    system_lib: bool = False,
 ) -> Made:
-    """Compile and write. samples: [N, C, H, W] inputs to make golden samples of.
+    """Compile and write.
 
-    facts: further entries of the manifest (latency_s, accuracy, ...).
+    samples: [N, ...] of each input, to make golden samples of. sizes: the same job at further batch
+    sizes, each of which gets a library of its own; what is packed alike is kept once. system_lib:
+    also the objects to link into a program, as `model.a`; of `job` alone.
     """
-    from hwmpq import lower
-    from hwmpq.frontend.relax_module import relax_module
-
     own = quantizers.only(assignment)
-    kernels = _kernels(job, assignment)
-    schedules = {name: k.timed.text for name, k in kernels.items() if k.timed}
-    built = lower.build(
-        relax_module(job.graph), assignment, own, job.target, job.options.threads,
-        schedules=schedules,
-    )  # fmt: skip
+    kernels, built = _compiled(job, assignment, own)
+    others = {size: _compiled(other, assignment, own)[1] for size, other in (sizes or {}).items()}
+    parameters, batches = _shared(built, others)
     golden, checks = _golden(job.graph, assignment, own, samples, built.calls)
     weight_bytes = model_bytes(job, assignment)
     manifest = {
@@ -78,29 +83,32 @@ def make_artifact(
             "cpu_flags": sorted({f for w in job.target.features for f in FEATURES[w].flags}),
         },
         "threads": job.options.threads,
-        "inputs": [_described(job, name) for name in job.graph.inputs],
-        "outputs": [
-            {"name": n, "shape": list(job.graph.tensors[n]), "dtype": "float32"}
-            for n in job.graph.outputs
-        ],
+        "inputs": [_input(job, name, golden) for name in job.graph.inputs],
+        "outputs": [_described(job, name, "output", golden) for name in job.graph.outputs],
+        **({"batches": batches} if batches else {}),
         "assignment": assignment,
         "kernels": {name: _told(k, assignment[name]) for name, k in kernels.items()},
         "calls": list(built.calls),
         "parameters": list(built.parameters),
         "nbytes": {
             "weights": weight_bytes,
-            "parameters": sum(int(a.nbytes) for a in built.parameters.values()),
-            "peak_memory": built.peak_memory,
+            "parameters": sum(int(a.nbytes) for a in parameters.values()),
+            "peak_memory": max(one.peak_memory for one in (built, *others.values())),
         },
-        **(facts or {}),
     }
+    libraries = {LIBRARY: built} | {_library(size): one for size, one in others.items()}
+    writers: dict[str, Callable[[Path], None]] = {
+        name: partial(_export, one, job.target) for name, one in libraries.items()
+    }
+    if system_lib:
+        writers[_OBJECTS] = partial(_archive, job, assignment, own)
     artifact.save(
         folder,
         manifest,
-        {
-            "model.so": lambda p: export(built.executable, p, job.target),
-            "parameters.safetensors": lambda p: tensors.save(p, built.parameters),
-            "golden.safetensors": lambda p: tensors.save(p, golden, checks),
+        writers
+        | {
+            PARAMETERS: lambda p: tensors.save(p, parameters),
+            GOLDEN: lambda p: tensors.save(p, golden, checks),
             "assignment.json": lambda p: write_json(p, assignment),
             "quantizers.safetensors": own.save,
         },
@@ -108,26 +116,83 @@ def make_artifact(
     return Made(folder, dict(assignment), weight_bytes)
 
 
-def _described(job: Job, name: str) -> dict[str, Any]:
-    shape = list(job.graph.tensors[name])
-    entry: dict[str, Any] = {"name": name, "shape": shape, "dtype": "float32"}
-    if len(shape) == 4:
-        entry["layout"] = "NCHW"
-    if job.model.normalization is not None:
-        mean, std = job.model.normalization
-        entry["normalization"] = {"of": "x/255", "mean": list(mean), "std": list(std)}
-    return entry
+def _compiled(
+    job: Job, assignment: Assignment, own: Quantizers, system_lib: bool = False
+) -> tuple[dict[str, Kernel], lower.Built]:
+    """Layer -> its kernel, with the schedule that timing chose; and the whole network of them."""
+    from hwmpq import lower
+    from hwmpq.frontend.relax_module import relax_module
 
-
-def _kernels(job: Job, assignment: Mapping[str, str]) -> dict[str, Kernel]:
-    """Layer -> its kernel, with the schedule that timing chose."""
-    found = {}
+    kernels = {}
     for layer in job.network.layers:
         fmt = format_named(assignment[layer.name])
         kernel = best(layer.workload, fmt, job.target.features)
         assert kernel is not None, layer.name
-        found[layer.name] = timed_kernel(job, kernel, layer.workload, fmt)
-    return found
+        kernels[layer.name] = timed_kernel(job, kernel, layer.workload, fmt)
+    schedules = {name: k.timed.text for name, k in kernels.items() if k.timed}
+    return kernels, lower.build(
+        relax_module(job.graph), assignment, own, job.target, job.options.threads,
+        schedules=schedules, system_lib=system_lib,
+    )  # fmt: skip
+
+
+def _archive(job: Job, assignment: Assignment, own: Quantizers, path: Path) -> None:
+    """The network once more, as objects to link into a program. Raises InputError."""
+    built = _compiled(job, assignment, own, system_lib=True)[1]
+    archive(built.executable, path, job.target)
+
+
+def _export(built: lower.Built, target: Target, path: Path) -> None:
+    export(built.executable, path, target)
+
+
+def _library(size: int) -> str:
+    return f"model.{size}.so"
+
+
+def _shared(
+    first: lower.Built, others: Mapping[int, lower.Built]
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """All parameters by name, and the manifest's entries of the further batch sizes.
+
+    A parameter that another batch size has packed otherwise gets a name of its own.
+    """
+    arrays, batches = dict(first.parameters), []
+    for size, built in others.items():
+        names = []
+        for name, array in built.parameters.items():
+            same = name in arrays and _equal(arrays[name], array)
+            names.append(name if same else f"{name}@{size}")
+            arrays[names[-1]] = array
+        batches.append({"size": size, "library": _library(size), "parameters": names})
+    return arrays, batches
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one, other)
+
+
+def _input(job: Job, name: str, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """An input; `range` is what its normalization makes of images where it is known."""
+    entry = _described(job, name, "input", golden)
+    if job.model.normalization is not None:
+        mean, std = (np.asarray(part, np.float64) for part in job.model.normalization)
+        entry["normalization"] = {"of": "x/255", "mean": mean.tolist(), "std": std.tolist()}
+        entry["range"] = [float((-mean / std).min()), float(((1 - mean) / std).max())]
+    return entry
+
+
+def _described(job: Job, name: str, kind: str, golden: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """An input or output; range: the least and the largest finite value in the golden samples."""
+    shape = list(job.graph.tensors[name])
+    arrays = [array.ravel() for key, array in golden.items() if key.endswith(f".{kind}.{name}")]
+    values = np.concatenate(arrays)
+    finite = values[np.isfinite(values)]
+    return {
+        "name": name, "shape": shape, "dtype": "float32",
+        **({"layout": "NCHW"} if len(shape) == 4 else {}),
+        **({"range": [float(finite.min()), float(finite.max())]} if finite.size else {}),
+    }  # fmt: skip
 
 
 def _told(kernel: Kernel, fmt: str) -> dict[str, str]:
@@ -139,8 +204,8 @@ def _told(kernel: Kernel, fmt: str) -> dict[str, str]:
 
 
 def _golden(
-    graph: Graph, assignment: Assignment, quantizers: Quantizers, samples: np.ndarray,
-    calls: tuple[str, ...],
+    graph: Graph, assignment: Assignment, quantizers: Quantizers,
+    samples: Mapping[str, np.ndarray], calls: tuple[str, ...],
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:  # fmt: skip
     """Inputs, outputs and checksums of stored tensors, by the exact simulator."""
     import torch
@@ -151,12 +216,14 @@ def _golden(
     layout = layouts(graph)
     stored = simulator.resolved.plan.stored
     arrays: dict[str, np.ndarray] = {}
-    count = min(SAMPLES, len(samples))
+    count = min(SAMPLES, *map(len, samples.values()))
     checks: dict[str, str] = {"samples": str(count), "version": "1"}
     written = set(calls)
-    batch = graph.tensors[graph.inputs[0]][0]
     for k in range(count):
-        x = np.repeat(samples[k : k + 1], batch, axis=0)
+        given = {
+            name: np.repeat(samples[name][k : k + 1], graph.tensors[name][0], axis=0)
+            for name in graph.inputs
+        }
 
         def observe(name: str, value: Any, k: int = k) -> None:
             if name in written:
@@ -165,8 +232,8 @@ def _golden(
                 )
 
         with torch.inference_mode():
-            outputs = simulator(torch.from_numpy(x), observe)
-        arrays[f"{k}.input.{graph.inputs[0]}"] = x
+            outputs = simulator({n: torch.from_numpy(x) for n, x in given.items()}, observe)
+        arrays |= {f"{k}.input.{name}": x for name, x in given.items()}
         for name, value in zip(graph.outputs, outputs, strict=True):
             arrays[f"{k}.output.{name}"] = value.numpy().astype(np.float32)
     return arrays, checks
@@ -187,8 +254,6 @@ def _in_memory(value: np.ndarray, encoding: str, layout: str) -> np.ndarray:
 
 def read_assignment(path: Path) -> Assignment:
     """An assignment file: {layer: format}. Raises InputError."""
-    from hwmpq.errors import InputError
-
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:

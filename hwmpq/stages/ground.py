@@ -13,21 +13,22 @@ import numpy as np
 
 from hwmpq.stages.bench import Attempt, Bench, baseline_names
 from hwmpq.stages.choose import given_limits, make_problem
+from hwmpq.stages.fit import Whole, fit_prices, overhead_key
 from hwmpq.stages.latency import LatencyFacts, measure_cells
-from hwmpq.stages.pricing import fit_overhead, overhead_key, table
+from hwmpq.stages.pricing import table
 from hwmpq.stages.timing import Timed
-from hwmpq.types import Assignment, Problem
+from hwmpq.types import Problem
 
 
 @dataclass(frozen=True, eq=False)
 class Ground:
     """What every choice rests on. first: the baselines' times; latency: cells with the overhead;
-    timed: (assignment, seconds) of all artifacts timed so far, as if in the first run."""
+    timed: all artifacts so far, as if in the first run."""
 
     first: dict[str, Timed]
     latency: LatencyFacts
     problem: Problem
-    timed: tuple[tuple[Assignment, float], ...]
+    timed: tuple[Whole, ...]
 
 
 def survey(bench: Bench) -> Ground:
@@ -39,12 +40,18 @@ def survey(bench: Bench) -> Ground:
     job, facts = bench.job, bench.facts
     first = bench.first_times()
     plans = bench.uniforms() | bench.mixed()
-    timed = tuple((plan, first[name].latency_s) for name, plan in plans.items())
+    timed = tuple(_whole(plan, first[name]) for name, plan in plans.items())
     baselines = {name: first[name] for name in baseline_names(facts.menu)}
     ground = _fitted(bench, facts.latency, timed, baselines)
     if all(cell.source == "measured" for cell in facts.latency.layers.values()):
-        fit = [ground.latency.overhead_s, ground.latency.speed]
+        found = ground.latency
+        fit = {"overhead_s": found.overhead_s, "speed": found.speed, "inside": dict(found.inside)}
         job.store.put_fact("overhead", overhead_key(job), fit)
+    if ground.latency.inside:
+        job.progress.note(
+            "the sum of the cells is not the time of the network: steps are priced by what they "
+            f"took inside whole artifacts; prices miss by up to {ground.latency.residual:.1%}"
+        )
     return ground
 
 
@@ -75,16 +82,19 @@ def refitted(bench: Bench, ground: Ground, attempts: Sequence[Attempt]) -> Groun
         np.log(ground.first[name].latency_s / attempts[0].timed[name].latency_s)
         for name in ground.first
     ])))  # fmt: skip
-    new = tuple((a.made.assignment, scale * a.own.latency_s) for a in attempts)
+    new = tuple(_whole(a.made.assignment, a.own, scale) for a in attempts)
     return _fitted(bench, ground.latency, ground.timed + new, ground.first)
 
 
+def _whole(plan: Mapping[str, str], timed: Timed, scale: float = 1.0) -> Whole:
+    return Whole(dict(plan), scale * timed.latency_s, timed.calls_s)
+
+
 def _fitted(
-    bench: Bench, latency: LatencyFacts, timed: tuple[tuple[Assignment, float], ...],
-    first: dict[str, Timed],
-) -> Ground:  # fmt: skip
+    bench: Bench, latency: LatencyFacts, timed: tuple[Whole, ...], first: dict[str, Timed]
+) -> Ground:
     job, facts = bench.job, bench.facts
-    latency = fit_overhead(job, latency, timed)
+    latency = fit_prices(job, latency, timed)
     with bench.clock.time("search"):
         prices = table(job, facts.menu, latency)
         problem = make_problem(job, facts.menu, facts.loss, prices, given_limits(job))

@@ -17,7 +17,7 @@ from hwmpq.data import DataSet
 from hwmpq.devices import Device
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.graph import Graph, network_of
-from hwmpq.measure import fingerprint
+from hwmpq.measure import fingerprint, static_model
 from hwmpq.measure.reach import reach
 from hwmpq.measure.store import Store
 from hwmpq.targets import Target
@@ -93,6 +93,7 @@ class Options:
     train_out: str | None = None
     tune: int = 0
     processes: int = 1
+    allow_estimates: bool = False
     dry_run: bool = False
 
 
@@ -115,7 +116,7 @@ class Images:
 @dataclass(frozen=True, eq=False)
 class Job:
     """A run's fixed circumstances. model: the loaded model; key: digest of graph and weights;
-    fingerprint: of the machine that times."""
+    fingerprint: of the machine that times; estimated: none does, a static model stands for it."""
 
     options: Options
     progress: Progress
@@ -127,6 +128,12 @@ class Job:
     device: Device
     store: Store
     fingerprint: str
+    estimated: bool = False
+
+    @property
+    def times_elsewhere(self) -> bool:
+        """Are cells timed on another machine than the one that compiles them?"""
+        return self.device.remote and not self.estimated
 
 
 def check_options(o: Options) -> None:
@@ -187,9 +194,14 @@ def open_job(
     check_options(options)
     device = devices.load(options.device)
     target = _target(options.target, device)
-    if here and timed:
-        device.check_times()
-    machine = _machine(device, target) if here else fingerprint()
+    estimated = here and timed and _estimated(options, device, target)
+    if estimated:
+        machine = static_model.identity(target)
+        progress.note(f"no board: nothing is timed, cycles come from {machine}")
+    else:
+        if here and timed:
+            device.check_times()
+        machine = _machine(device, target) if here else fingerprint()
     weights = Path(options.weights) if options.weights else None
     with progress.stage("trace", None):
         model = model or load_model(options.model, weights, options.input_shape)
@@ -197,8 +209,14 @@ def open_job(
     store = Store.open(options.store, fresh=options.fresh)
     return Job(
         options, progress, model, graph, network_of(graph), graph_key(graph), target, device, store,
-        machine,
+        machine, estimated,
     )  # fmt: skip
+
+
+def _estimated(options: Options, device: Device, target: Target) -> bool:
+    """Shall a static model stand for the chip? Only where it may, and there is none."""
+    no_board = device.emulated or (target.foreign and not device.remote)
+    return options.allow_estimates and no_board
 
 
 def _target(name: str, device: Device) -> Target:
@@ -234,7 +252,8 @@ def _machine(device: Device, target: Target) -> str:
             f"Use another target, or a device that has the features: {devices.path()}."
             if not target.foreign
             else "Times need a chip of that kind: describe a board in "
-            f"{devices.path()} and give --device. `hwmpq compile` needs none.",
+            f"{devices.path()} and give --device. `hwmpq compile` needs none; --allow-estimates "
+            "goes by estimated cycles instead.",
         )  # fmt: skip
     return name
 

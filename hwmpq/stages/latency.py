@@ -34,6 +34,7 @@ from hwmpq.measure import (
     WorkerTimeout,
     cause,
     is_transient,
+    static_model,
     time_replicated,
     toolchain,
 )
@@ -54,7 +55,9 @@ class LatencyFacts:
     """layers: (workload key, format) -> Measurement; glue: call key -> seconds.
 
     overhead_s: seconds per kernel call that the runtime adds, and speed: factor on every cell, both
-    fitted on whole artifacts; residual: relative error of a price, from artifacts left out of that.
+    fitted on whole artifacts; inside: a step's place in the network (`pricing.place`) -> seconds
+    that it took inside them, where these take the place of the cell's; residual: relative error of
+    a price, from artifacts left out of that.
     new_timings: cells and glue timed by this run. unknown: why a cell of `layers` has no time.
     """
 
@@ -62,6 +65,7 @@ class LatencyFacts:
     glue: dict[str, float]
     overhead_s: float = 0.0
     speed: float = 1.0
+    inside: Mapping[str, float] = field(default_factory=dict)
     residual: float = 0.0
     new_timings: int = 0
     failures: dict[str, str] = field(default_factory=dict)
@@ -69,6 +73,11 @@ class LatencyFacts:
 
     def cell(self, workload: Workload, fmt: str) -> Measurement | None:
         return self.layers.get((workload.key, fmt))
+
+
+def layer_place(layer: str, fmt: str) -> str:
+    """A layer's name in `LatencyFacts.inside`."""
+    return f"{layer} {fmt}"
 
 
 #: Why a cell was not measured.
@@ -154,7 +163,7 @@ def _bench(job: Job) -> Iterator[Bench]:
         tempfile.TemporaryDirectory(prefix="hwmpq-") as folder,
     ):
         _tell_doubts(job, timer)
-        builder = Builder(job, compiler, Path(folder), with_loop=job.device.remote)
+        builder = Builder(job, compiler, Path(folder), with_loop=job.times_elsewhere)
         yield Bench(job, builder, timer, job.fingerprint, others)
 
 
@@ -263,25 +272,30 @@ def protocol_of(job: Job) -> Protocol:
 @contextmanager
 def workers(job: Job) -> Iterator[tuple[WorkerProcess, WorkerProcess]]:
     """Who compiles, always here, and who times: on a device of this machine the same worker."""
-    with timer(job, WorkerProcess) as worker:
-        if not job.device.remote:
-            yield worker, worker
+    prefix = () if job.device.remote else job.device.start
+    with WorkerProcess(prefix, threads=job.options.threads) as here:
+        if not job.times_elsewhere:
+            yield here, here
             return
-        with WorkerProcess(threads=job.options.threads) as here:
+        with timer(job, WorkerProcess) as worker:
             yield here, worker
 
 
 @contextmanager
 def replicas(job: Job) -> Iterator[tuple[WorkerProcess, ...]]:
-    """The further workers that time every cell: --processes less the one there always is."""
+    """The further workers that time every cell: --processes less the one there always is. An
+    estimate is the same in all."""
     with ExitStack() as stack:
         yield tuple(
-            stack.enter_context(timer(job, WorkerProcess)) for _ in range(job.options.processes - 1)
+            stack.enter_context(timer(job, WorkerProcess))
+            for _ in range(0 if job.estimated else job.options.processes - 1)
         )
 
 
 def _tell_doubts(job: Job, worker: WorkerProcess) -> None:
-    """Say before timing what speaks against the times of this machine."""
+    """Say before timing what speaks against the times of the machine."""
+    if job.estimated:
+        return
     ready = {"function": "hwmpq.measure.timing:get_ready", "payload": {"compiles": False}}
     for doubt in worker.call("call", ready, START_DEADLINE_S)["doubts"]:
         job.progress.note(f"{job.device.name}: {doubt}")
@@ -290,7 +304,7 @@ def _tell_doubts(job: Job, worker: WorkerProcess) -> None:
 def timer(job: Job, local: Callable[..., WorkerProcess] = WorkerProcess) -> WorkerProcess:
     """The worker that times on the job's device. local: makes one on this machine."""
     if job.device.remote:
-        meant = replace(job.device, fingerprint=job.fingerprint)
+        meant = job.device if job.estimated else replace(job.device, fingerprint=job.fingerprint)
         return reach(meant, threads=job.options.threads)
     return local(job.device.start, threads=job.options.threads)
 
@@ -370,6 +384,7 @@ class Bench:
                 item.call.threads,
                 samples_s=timing.samples_s if timing else (),
                 error=cell if isinstance(cell, str) else timing.error if timing else "not timed",
+                source=static_model.SOURCE if self.job.estimated else "measured",
                 quality=_quality(item.kernel, timing),
             )  # fmt: skip
             self.job.store.put(measurement, self.job.target.name, self.device, self.toolchain)
@@ -397,6 +412,8 @@ class Bench:
         cells = [cell for cell in built.values() if isinstance(cell, Cell)]
         if not cells:
             return {}
+        if self.job.estimated:
+            return {t.key: t for t in static_model.time_cells(cells, self.job.target)}
         workers = (self.worker, *self.others)
         return {t.key: t for t in time_replicated(cells, self.protocol, workers)}
 

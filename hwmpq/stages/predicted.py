@@ -10,7 +10,7 @@ from hwmpq.formats import format_named
 from hwmpq.kernels import Kernel
 from hwmpq.predict import Predictor
 from hwmpq.stages.job import Job
-from hwmpq.stages.latency import NOT_STORED, TIME_IS_UP, LatencyFacts
+from hwmpq.stages.latency import NOT_STORED, TIME_IS_UP, LatencyFacts, layer_place
 from hwmpq.stages.menu import Menu
 from hwmpq.targets import data_folder
 from hwmpq.types import Measurement, Workload
@@ -67,7 +67,10 @@ def spread(
     """What the bands of the predicted cells take from and add to the price of an assignment."""
     low = high = 0.0
     for layer in job.network.layers:
-        cell = facts.cell(layer.workload, assignment[layer.name])
+        fmt = assignment[layer.name]
+        cell = facts.cell(layer.workload, fmt)
+        if layer_place(layer.name, fmt) in facts.inside:
+            continue  # no band: it was timed in the network
         if cell is not None and cell.source == "predicted":
             below, above = cell.quality["interval"]
             low += below - cell.latency_s

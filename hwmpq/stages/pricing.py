@@ -1,6 +1,7 @@
 """The price of an assignment, and the arrays that the solver needs of it.
 
-plan = overhead · calls + speed · (Σ cells + Σ glue), over the very steps that lowering emits.
+plan = overhead · calls + speed · (Σ cells + Σ glue), over the very steps that lowering emits; where
+that is not the time, with what steps took inside artifacts (`stages.fit`).
 
 For the solver the glue becomes pairwise: transition[p→c][f_p, f_c] holds the glue between p and c,
 and every re-encoding of p's result that c asks for, as a dry walk of the steps finds them.
@@ -9,123 +10,47 @@ and every re-encoding of p's result that c asks for, as a dry walk of the steps 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations
-from math import ceil
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from hwmpq.kernels import CODEGEN_VERSION
 from hwmpq.kernels import glue as glue_kernels
 from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.lower.steps import Schedule, Step
 from hwmpq.stages.job import Job
-from hwmpq.stages.latency import LatencyFacts
+from hwmpq.stages.latency import LatencyFacts, layer_place
 from hwmpq.stages.menu import Menu
 from hwmpq.stages.predicted import sought_s
-from hwmpq.stages.walks import calls_of, kind_of, kinds_of, schedule_of, walked
-from hwmpq.types import FloatArray, Network, Transition, digest
-
-#: No price is thought to be closer to the time than this share.
-LEAST_RESIDUAL = 0.02
+from hwmpq.stages.walks import calling, kind_of, kinds_of, schedule_of, walked
+from hwmpq.types import Network, Transition
 
 
 def step_seconds(step: Step, facts: LatencyFacts) -> float:
-    """Seconds of one step, without the runtime's overhead; nan when unknown."""
+    """Seconds of a step that calls a kernel, with the runtime's overhead; nan when unknown."""
+    found = facts.inside.get(place(step))
+    if found is not None:
+        return found
     if isinstance(step.call, GlueCall):
-        return facts.speed * facts.glue.get(glue_kernels.key(step.call), float("nan"))
-    if step.call is None:
-        return 0.0
-    cell = facts.cell(step.call.workload, step.call.format.name)
-    if cell is None or cell.error:
-        return float("inf")
-    return facts.speed * cell.latency_s
+        seconds = facts.glue.get(glue_kernels.key(step.call), float("nan"))
+    else:
+        assert step.call is not None
+        cell = facts.cell(step.call.workload, step.call.format.name)
+        seconds = float("inf") if cell is None or cell.error else cell.latency_s
+    return facts.speed * seconds + facts.overhead_s
+
+
+def place(step: Step) -> str:
+    """Where a kernel is called: a layer in a format, or a glue kernel of an operator."""
+    if isinstance(step.call, GlueCall):
+        return f"{step.node.name} {glue_kernels.key(step.call)}"
+    assert step.call is not None
+    return layer_place(step.node.name, step.call.format.name)
 
 
 def price(job: Job, assignment: Mapping[str, str], facts: LatencyFacts) -> float:
     """Predicted seconds of the compiled network under an assignment."""
-    schedule = schedule_of(job, assignment)
-    total = sum(step_seconds(step, facts) for step in schedule.steps)
-    return total + facts.overhead_s * calls_of(schedule)
-
-
-def fit_overhead(
-    job: Job, facts: LatencyFacts, measured: Sequence[tuple[Mapping[str, str], float]]
-) -> LatencyFacts:
-    """The overhead per call and the speed that explain measured artifacts best, and how well.
-
-    measured: (assignment, seconds) of uniform and random mixed artifacts. speed is a common factor
-    on all cells: clocks and neighbours differ between the hour of the profile and this one, and a
-    cell alone does not find the caches as its network leaves them. The overhead is at least 0.
-    """
-    plain = replace(facts, overhead_s=0.0, speed=1.0)
-    rows = []
-    for assignment, took in measured:
-        schedule = schedule_of(job, assignment)
-        total = sum(step_seconds(step, plain) for step in schedule.steps)
-        if np.isfinite(total):
-            rows.append((float(calls_of(schedule)), total, took))
-    if not rows:
-        return facts
-    overhead, speed, residual = fitted(*np.array(rows).T)
-    return replace(facts, overhead_s=overhead, speed=speed, residual=residual)
-
-
-def fitted(calls: FloatArray, cells: FloatArray, seconds: FloatArray) -> tuple[float, float, float]:
-    """(overhead, speed, residual): with an overhead if rows left out are foretold better so, which
-    few plans of one network, that all make about as many calls, do not always show."""
-    found = []
-    for free in (False, True):
-        errors = left_out_errors(calls, cells, seconds, free)
-        found.append((sum(errors), *least_deviation(calls, cells, seconds, free), bound(errors)))
-    _, overhead, speed, residual = min(found)
-    return overhead, speed, residual
-
-
-def least_deviation(
-    calls: FloatArray, cells: FloatArray, seconds: FloatArray, free: bool
-) -> tuple[float, float]:
-    """(a, s) of the least Σ |a · calls + s · cells − seconds| / seconds: s > 0, a ≥ 0, and a = 0
-    where it is not free.
-
-    The absolute error, so that one disturbed artifact does not move the fit. Some two rows, or one
-    with a = 0, are met exactly by an optimum, so all of those are tried.
-    """
-    tries = [(0.0, float(t / c)) for c, t in zip(cells, seconds, strict=True)]
-    for i, j in combinations(range(len(seconds)), 2) if free else ():
-        pair = np.array([[calls[i], cells[i]], [calls[j], cells[j]]])
-        if abs(np.linalg.det(pair)) > 1e-9 * calls[i] * cells[j]:
-            a, s = np.linalg.solve(pair, seconds[[i, j]])
-            if a >= 0 and s > 0:
-                tries.append((float(a), float(s)))
-    return min(tries, key=lambda t: np.abs((t[0] * calls + t[1] * cells) / seconds - 1).sum())
-
-
-def left_out_errors(
-    calls: FloatArray, cells: FloatArray, seconds: FloatArray, free: bool
-) -> list[float]:
-    """The relative error of every row by a fit on the others."""
-    errors = []
-    for out in range(len(seconds)):
-        rest = np.arange(len(seconds)) != out
-        if rest.any():
-            a, s = least_deviation(calls[rest], cells[rest], seconds[rest], free)
-            errors.append(float(abs((a * calls[out] + s * cells[out]) / seconds[out] - 1)))
-    return errors
-
-
-def bound(errors: Sequence[float]) -> float:
-    """What the error of a further plan is thought to be at most: the 90 % quantile, the largest
-    below 10 rows (the jackknife's interval, Barber et al., Annals of Statistics 49, 2021). At least
-    LEAST_RESIDUAL."""
-    rank = min(ceil(0.9 * (len(errors) + 1)), len(errors))
-    return max(sorted(errors)[rank - 1] if errors else 0.0, LEAST_RESIDUAL)
-
-
-def overhead_key(job: Job) -> str:
-    """Under which the store keeps what `fit_overhead` found for a network on a device."""
-    return digest(["overhead, speed", CODEGEN_VERSION, job.key, dict(job.target.tvm),
-                   job.options.threads, job.fingerprint])  # fmt: skip
+    steps = calling(schedule_of(job, assignment))
+    return sum(step_seconds(step, facts) for step in steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +72,8 @@ def table(job: Job, menu: Menu, facts: LatencyFacts) -> LatencyTable:
         for j, name in enumerate(formats):
             cell = facts.cell(layer.workload, name)
             if cell is not None and not cell.error:
-                latency[i, j] = facts.speed * sought_s(cell) + facts.overhead_s
+                own = facts.speed * sought_s(cell) + facts.overhead_s
+                latency[i, j] = facts.inside.get(layer_place(layer.name, name), own)
     kinds = kinds_of(menu)
     column = {name: kind_of(name, kinds) for name in formats}
     walks = {k: walked(job, menu, dict.fromkeys(network.names, k)) for k in kinds}
@@ -203,10 +129,10 @@ class _Costs:
 def _costs(schedule: Schedule, facts: LatencyFacts) -> _Costs:
     glue: dict[str, float] = {}
     encodes = []
-    for step in schedule.steps:
-        if not isinstance(step.call, GlueCall) or glue_kernels.is_view(step.call):
+    for step in calling(schedule):
+        if not isinstance(step.call, GlueCall):
             continue
-        seconds = step_seconds(step, facts) + facts.overhead_s
+        seconds = step_seconds(step, facts)
         if step.is_encode:
             encodes.append((step.node.name, step.writes.tensor, seconds))
         else:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hwmpq import artifact
 from hwmpq.artifact.folder import replace_folder
 from hwmpq.errors import InputError
 from hwmpq.formats import format_named
@@ -101,6 +102,7 @@ class Result:
         """Put result.json, report.html and the artifact into `out`, replaced as a whole.
 
         A result that was met is not replaced by one that was not: that goes to `<out>.<status>`.
+        The artifact's manifest tells the times and the accuracy too.
         """
         place = out
         if was_met(out) and self.exit_code != 0:
@@ -110,6 +112,8 @@ class Result:
         self.json["report"] = str(place / "report.html")
         aside = made.parent / "result"
         try:
+            artifact.add_facts(made, {name: self.json[name] for name in ("latency_s", "accuracy")})
+            self.json["nbytes"]["artifact"] = artifact.nbytes(made)
             aside.mkdir()
             os.replace(made, aside / "artifact")
             (aside / "result.json").write_text(json.dumps(self.json, indent=1) + "\n")
@@ -182,7 +186,6 @@ def result_json(
 ) -> dict[str, Any]:  # fmt: skip
     """The contract's result.json."""
     o = job.options
-    files = sum(p.stat().st_size for p in made.path.iterdir())
     manifest = json.loads((made.path / "manifest.json").read_text())
     return {
         "version": 1,
@@ -206,16 +209,16 @@ def result_json(
             "budget": limit_s,
             "statistic": statistic,
             "predicted": predicted_s,
-            "predicted_interval": list(predicted_interval),
-            "measured": own.latency_s,
-            "measured_interval": list(own.interval),
+            "predicted_interval": None if job.estimated else list(predicted_interval),
+            "measured": None if job.estimated else own.latency_s,
+            "measured_interval": None if job.estimated else list(own.interval),
         },
         "baselines": baselines,
         "accuracy": accuracy.to_json(),
         "parity": accuracy.parity(),
         "nbytes": {
             "weights": made.weight_bytes,
-            "artifact": files,
+            "artifact": artifact.nbytes(made.path),
             "peak_memory": manifest["nbytes"]["peak_memory"],
         },
         "objective": solution.objective,

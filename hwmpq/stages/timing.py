@@ -17,7 +17,7 @@ from hwmpq.measure import (
     Protocol,
     WorkerProcess,
     median_interval,
-    time_block,
+    time_replicated,
 )
 from hwmpq.stages.job import Job
 from hwmpq.types import Assignment, digest
@@ -25,23 +25,31 @@ from hwmpq.types import Assignment, digest
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of one artifact: the statistic asked for and its 95 % interval."""
+    """Seconds of one artifact: the statistic asked for and its 95 % interval; calls_s: least
+    seconds of every kernel call inside it, none where it did not run."""
 
     latency_s: float
     interval: tuple[float, float]
     samples_s: tuple[float, ...]
     quality: Mapping[str, Any]
+    calls_s: tuple[float, ...] = ()
 
 
 def time_artifacts(
     job: Job, folders: Mapping[str, Path], statistic: str, worker: WorkerProcess, rounds: int = 25
 ) -> dict[str, Timed]:
-    """Time artifacts together, in Latin-square rounds. Raises DeviceError when one cannot run."""
+    """Time artifacts together, in Latin-square rounds. Raises DeviceError when one cannot run.
+
+    Each is loaded twice and half of the rounds go to either: the time depends on where the memory
+    of the loaded artifact lies, so this belongs into the interval.
+    """
     protocol = Protocol(
         rounds=rounds, epoch_s=0.006, threads=job.options.threads, seed=job.options.seed
     )
-    cells = [Cell(key, kind="artifact", path=str(path)) for key, path in folders.items()]
-    timings = time_block(cells, protocol, worker)
+    cells = [
+        Cell(key, kind="artifact", path=str(path), inside=True) for key, path in folders.items()
+    ]
+    timings = time_replicated(cells, protocol, (worker, worker))
     return {t.key: _timed(t, statistic) for t in timings}
 
 
@@ -57,16 +65,19 @@ def stored_times(
     one was killed chooses the same; what is reported and accepted is always timed afresh.
     """
     key = digest(
-        [CODEGEN_VERSION, job.key, assignments, dict(job.target.tvm), job.options.threads,
+        ["calls", CODEGEN_VERSION, job.key, assignments, dict(job.target.tvm), job.options.threads,
          job.fingerprint]
     )  # fmt: skip
     found = job.store.fact("uniform", key)
     if found is None:
         timed = measure()
         kept = {
-            name: {"samples_s": list(t.samples_s), "quality": dict(t.quality)}
+            name: {
+                "samples_s": list(t.samples_s), "quality": dict(t.quality),
+                "calls_s": list(t.calls_s),
+            }
             for name, t in timed.items()
-        }
+        }  # fmt: skip
         job.store.put_fact("uniform", key, kept)
         return timed
     return {
@@ -74,6 +85,7 @@ def stored_times(
             *summary(tuple(entry["samples_s"]), statistic),
             tuple(entry["samples_s"]),
             entry["quality"],
+            tuple(entry["calls_s"]),
         )
         for name, entry in found.items()
     }
@@ -83,7 +95,8 @@ def _timed(timing: CellTiming, statistic: str) -> Timed:
     if timing.error:
         raise DeviceError(f"the artifact {timing.key!r} could not be timed", timing.error)
     value, interval = summary(timing.samples_s, statistic)
-    return Timed(value, interval, timing.samples_s, timing.quality)
+    quality = dict(timing.quality)
+    return Timed(value, interval, timing.samples_s, quality, tuple(quality.pop("calls_s")))
 
 
 def summary(samples: tuple[float, ...], statistic: str) -> tuple[float, tuple[float, float]]:
@@ -99,9 +112,9 @@ def torch_eager_s(job: Job) -> float | None:
     """Median seconds of one call of the float torch module, eager, on the same threads.
 
     In this process: torch is loaded here and nowhere else. None for an exported program, whose
-    module is not the user's, and for another machine's device.
+    module is not the user's, for another machine's device, and where nothing is timed.
     """
-    if job.device.remote:
+    if job.device.remote or job.estimated:
         return None
     import time
 

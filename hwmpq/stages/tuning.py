@@ -48,7 +48,7 @@ def tune(job: Job, menu: Menu, count: int) -> int:
         workers(job) as (compiler, timer),
         tempfile.TemporaryDirectory(prefix="hwmpq-") as folder,
     ):
-        builder = Builder(job, compiler, Path(folder), with_loop=job.device.remote)
+        builder = Builder(job, compiler, Path(folder), with_loop=job.times_elsewhere)
         bench = Bench(job, builder, timer, job.fingerprint)
         for space in open_:
             if job.options.max_time and time.monotonic() - began >= job.options.max_time:

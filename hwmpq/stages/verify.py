@@ -29,17 +29,20 @@ LOOK = 128
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
-    """float: torch fp32; deployed: the artifact on the same images; parity with the simulator."""
+    """float: torch fp32; deployed: the artifact on the same images; parity with the simulator.
+
+    Where no machine runs the artifact, the drop is the simulator's; deployed and parity are None.
+    """
 
     metric: str
     float_score: float
     simulated: float
-    deployed: float
+    deployed: float | None
     n: int
     drop: float
     drop_interval: tuple[float, float]
-    top1_agreement: float
-    max_abs: float
+    top1_agreement: float | None
+    max_abs: float | None
     worst_layer: str
 
     def to_json(self) -> dict[str, Any]:
@@ -144,6 +147,11 @@ def simulated(
     return judge(reference, outputs, labels, job.options.metric)
 
 
+def runs(job: Job) -> bool:
+    """Is there a machine that runs the job's artifacts?"""
+    return job.device.remote or not job.estimated
+
+
 @contextmanager
 def running(job: Job, folder: Path) -> Iterator[artifact.Artifact | RemoteArtifact]:
     """The artifact where it can run: here, else on the job's device."""
@@ -198,6 +206,12 @@ def measure_accuracy(
     from hwmpq.quantize.judge import judge, predict
     from hwmpq.quantize.simulate import Simulator
 
+    if not runs(job):
+        alone = simulated(job, assignment, quantizers, data, reference)
+        return Accuracy(
+            alone.metric, alone.float, alone.simulated, None, alone.n, alone.drop,
+            alone.drop_interval, None, None, "",
+        )  # fmt: skip
     deployed = deployed_outputs(job, folder, data, "the artifact")
     labels = None if data.labels is None else torch.from_numpy(data.labels)
     metric = job.options.metric
@@ -206,12 +220,12 @@ def measure_accuracy(
     part = data.subset(np.linspace(0, len(data) - 1, count).astype(int))
     picked = np.linspace(0, len(data) - 1, count).astype(int)
     with job.progress.stage("parity with the simulator", count) as advance:
-        simulated = predict(
+        exact = predict(
             Simulator(job.graph, assignment, quantizers), part, progress=_steps(advance)
         )
     part_labels = None if labels is None else labels[picked]
-    simulated_score = judge(reference[picked], simulated, part_labels, metric).simulated
-    ours = simulated.numpy()
+    simulated_score = judge(reference[picked], exact, part_labels, metric).simulated
+    ours = exact.numpy()
     flat = deployed[picked].reshape(count, -1)
     agreement = 100.0 * float((ours.reshape(count, -1).argmax(1) == flat.argmax(1)).mean())
     with running(job, folder) as loaded:

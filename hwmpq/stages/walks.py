@@ -8,7 +8,7 @@ from hwmpq.formats import format_named
 from hwmpq.kernels import Kernel
 from hwmpq.kernels import glue as glue_kernels
 from hwmpq.kernels.glue.call import GlueCall
-from hwmpq.lower.steps import Schedule, steps
+from hwmpq.lower.steps import Schedule, Step, steps
 from hwmpq.stages.job import Job
 from hwmpq.stages.menu import Menu
 
@@ -19,14 +19,14 @@ def schedule_of(job: Job, assignment: Mapping[str, str]) -> Schedule:
     return steps(job.graph, formats, job.target, job.options.threads)
 
 
-def calls_of(schedule: Schedule) -> int:
-    """Kernel calls that remain after views are dropped."""
-    return sum(
-        1
-        for s in schedule.steps
-        if s.call is not None
-        and not (isinstance(s.call, GlueCall) and glue_kernels.is_view(s.call))
-    )
+def calling(schedule: Schedule) -> list[Step]:
+    """The steps that call a kernel: no constants, operators that we know nothing of, or views."""
+    return [
+        step
+        for step in schedule.steps
+        if step.call is not None
+        and not (isinstance(step.call, GlueCall) and glue_kernels.is_view(step.call))
+    ]
 
 
 def schedules(job: Job, menu: Menu) -> list[Schedule]:

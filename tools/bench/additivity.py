@@ -4,7 +4,8 @@
 
 Cells come from the store (and are measured where it lacks them); the prices are fitted on the
 uniform artifacts and a few random mixed ones, as `hwmpq quantize` does, and judged on others. All
-are compiled, and timed in one interleaved run.
+are compiled, and timed in one interleaved run. inside: how many steps are priced by what they took
+inside the fitted ones, for the sum of the cells was not good enough.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import numpy as np
 from hwmpq.measure import WorkerProcess
 from hwmpq.stages.bench import Bench, Clock
 from hwmpq.stages.facts import Facts, calibrate
+from hwmpq.stages.fit import Whole, fit_prices
 from hwmpq.stages.job import Options, Silent, load_images, open_job
 from hwmpq.stages.latency import profile
 from hwmpq.stages.menu import make_menu
-from hwmpq.stages.pricing import fit_overhead, price
+from hwmpq.stages.pricing import price
 from hwmpq.types import Sensitivity
 
 
@@ -59,7 +61,8 @@ def main() -> None:
             }
         mixed = {n: p for n, p in plans.items() if n not in bench.uniforms()}
         timed = bench.time({n: bench.compile(p, n, quantizers) for n, p in mixed.items()})
-    latency = fit_overhead(job, latency, [(p, timed[n].latency_s) for n, p in fitted.items()])
+    wholes = [Whole(p, timed[n].latency_s, timed[n].calls_s) for n, p in fitted.items()]
+    latency = fit_prices(job, latency, wholes)
     rows = []
     for name, plan in plans.items():
         predicted, measured = price(job, plan, latency), timed[name].latency_s
@@ -75,6 +78,7 @@ def main() -> None:
                 "target": job.target.name,
                 "overhead_s": latency.overhead_s,
                 "speed": latency.speed,
+                "inside": len(latency.inside),
                 "residual": latency.residual,
                 "worst_error": float(errors.max()),
                 "median_error": float(np.median(errors)),

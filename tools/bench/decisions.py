@@ -1,15 +1,17 @@
 """Are the choices right? Random latency budgets, the plans chosen for them, and a pool of rivals.
 
-    python tools/bench/decisions.py --out decisions.json --budgets 30 --pool 100 \\
+    python tools/bench/decisions.py --out decisions.json --store decisions.sqlite \\
         --model zoo:digits_cnn digits --model zoo:resnet20_cifar npz:train.npz weights.safetensors
 
 For every model: budgets drawn evenly (in the logarithm) between the fastest plan and fp32, each
-answered by the closed loop of `hwmpq quantize`; then every chosen plan is timed once more, beside
-fp32, together with a pool: all assignments where they are few, else random ones and exact plans for
-disturbed prices. All times are ratios to fp32 in the same interleaved run.
+answered by the closed loop of `hwmpq quantize`; then all plans that were compiled meanwhile, and a
+pool of random ones and of exact ones for disturbed prices, are timed once more. All times are
+ratios to fp32 in the same interleaved run; a run that was disturbed is repeated.
 
 met: the fresh time is within the budget. overshoot: what it takes beyond, as a share of the budget.
-regret: the share of its time that the fastest timed plan of no more (estimated) loss would save.
+regret: the share of its time that a plan of no more (estimated) loss would save: the fastest one by
+the times so far, compared with the chosen one in a further run of both, for the fastest of many is
+the luckiest too.
 Every answer and every block of times is saved at once; started again, it goes on.
 """
 
@@ -21,30 +23,84 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hwmpq.errors import InfeasibleError
 from hwmpq.measure import WorkerProcess
+from hwmpq.measure.store import Store
+from hwmpq.methods.study import Study
+from hwmpq.methods.trials import candidates
 from hwmpq.pipeline import closed_loop, gather
+from hwmpq.quantizers import Quantizers
 from hwmpq.search import solve
 from hwmpq.search.evaluate import evaluate, index_of
 from hwmpq.stages.bench import Bench, Clock, limit_seconds
 from hwmpq.stages.budget import parse_latency
+from hwmpq.stages.build import Made, model_bytes
 from hwmpq.stages.choose import within
 from hwmpq.stages.ground import Ground, survey
-from hwmpq.stages.job import Options, Silent, load_images, open_job
+from hwmpq.stages.job import Images, Job, Options, Silent, load_images, open_job
 from hwmpq.types import Assignment
 
-#: Plans that are compiled and timed together, beside the baselines.
+#: Plans that are timed together, beside the baselines.
 BLOCK = 8
 #: Relative standard deviation of the disturbed prices of rival plans.
 DISTURBED = 0.15
+#: Times that a disturbed run is repeated.
+REPEATS = 3
+#: Held-out images: losses are compared, not believed.
+HELD_OUT = 32
+
+
+class Shelf(Bench):
+    """A bench that compiles every plan once, several at a time where they are known beforehand."""
+
+    def __init__(self, *words: Any):
+        super().__init__(*words)
+        self.samples = {name: images[:1] for name, images in self.samples.items()}
+        self.made: dict[str, Made] = {}
+
+    def compile(self, assignment: Assignment, name: str, quantizers: Quantizers) -> Made:
+        if key(assignment) not in self.made:
+            self.made[key(assignment)] = super().compile(assignment, name, quantizers)
+        return self.made[key(assignment)]
+
+    def prepare(self, plans: Iterable[Assignment]) -> None:
+        """Compile plans on all cores, in copies of this process: TVM's builders know no threads."""
+        missing = {key(plan): plan for plan in plans if key(plan) not in self.made}
+        names = [f"shelf{place}" for place in range(len(self.made), len(self.made) + len(missing))]
+        todo = list(zip(missing.values(), names, strict=True))
+        cores = os.cpu_count() or 1
+        children = [self._copy(todo[core::cores]) for core in range(min(cores, len(todo)))]
+        for child in children:
+            if os.waitpid(child, 0)[1]:
+                raise RuntimeError("a plan could not be compiled")
+        for plan, name in todo:
+            made = Made(self.folder / name, plan, model_bytes(self.job, plan))
+            self.made[key(plan)] = made
+
+    def _copy(self, todo: Sequence[tuple[Assignment, str]]) -> int:
+        """The id of a copy of this process that compiles plans and ends."""
+        child = os.fork()
+        if child:
+            return child
+        status = 1
+        try:
+            torch.set_num_threads(1)  # the pool of the others was not copied
+            self.job = replace(self.job, store=Store.open(self.job.options.store))
+            for plan, name in todo:
+                self.compile(plan, name, self.facts.quantizers)
+            status = 0
+        except Exception:  # reported here: nothing else of the copy comes back
+            traceback.print_exc()
+        os._exit(status)
 
 
 @dataclass
@@ -72,7 +128,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budgets", type=int, default=30)
-    parser.add_argument("--pool", type=int, default=100)
+    parser.add_argument("--pool", type=int, default=24, help="rivals beside what was compiled")
     parser.add_argument("--formats", default="")
     parser.add_argument("--target", default="native")
     parser.add_argument("--store")
@@ -94,34 +150,73 @@ def main() -> None:
 
 def run(options: Options, budgets: int, pool: int, log: Log) -> None:
     """Answer the budgets that are missing, then time the chosen plans and the pool."""
-    rows = log.data.setdefault(options.model, {"answers": [], "times": []})
+    rows = log.data.setdefault(options.model, {"answers": [], "times": [], "again": []})
     job = open_job(options, Silent())
     clock = Clock()
     with job.store, tempfile.TemporaryDirectory() as folder, WorkerProcess(threads=1) as worker:
-        bench = Bench(job, gather(job, clock, load_images(job)), clock, Path(folder), worker)
+        bench = Shelf(job, gather(job, clock, some_images(job)), clock, Path(folder), worker)
         ground = survey(bench)
-        began = time.monotonic()
-        ratios = drawn(ground, budgets, options.seed)
-        for number in range(len(rows["answers"]), budgets):
-            rows["answers"].append(answered(bench, ground, float(ratios[number])))
+        progress = Progress(options.model)
+        if "least" not in rows:
+            fastest = solve(replace(ground.problem, minimize="latency_s")).choice
+            rows["least"] = timed(bench, ground, [fastest])[0]["ratio"]
+        ratios = drawn(rows["least"], budgets, options.seed)[len(rows["answers"]) :]
+        progress.of("first plans", bench.prepare, first_plans(bench, ground, ratios))
+        for number, ratio in enumerate(ratios, 1):
+            rows["answers"].append(answered(bench, ground, ratio))
             log.save()
-            forecast(options.model, "budgets", number + 1, budgets, began)
-        plans = [a["plan"] for a in rows["answers"] if a["plan"]]
-        plans += rivals(bench, ground, pool, options.seed)
-        waiting = list({key(p): p for p in plans if key(p) not in known(rows)}.values())
-        began = time.monotonic()
-        for begin in range(0, len(waiting), BLOCK):
-            rows["times"] += timed(bench, ground, waiting[begin : begin + BLOCK])
+            progress.note("budgets", number, len(ratios))
+        others = rivals(ground, rows["least"], pool, options.seed)
+        progress.of("pool", bench.prepare, others)
+        chosen = [a["plan"] for a in rows["answers"] if a["plan"]]
+        plans = chosen + others + [made.assignment for made in bench.made.values()]
+        progress.start()
+        for part, done, count in blocks(plans, rows["times"]):
+            rows["times"] += timed(bench, ground, part)
             log.save()
-            forecast(options.model, "plans timed", begin + BLOCK, len(waiting), began)
+            progress.note("plans", done, count)
+        rivaled = [plan for a in rows["answers"] if a["plan"] for plan in pair(rows, a["plan"])]
+        progress.start()
+        for part, done, count in blocks(rivaled, rows["again"]):
+            rows["again"] += timed(bench, ground, part)
+            log.save()
+            progress.note("plans once more", done, count)
 
 
-def drawn(ground: Ground, count: int, seed: int) -> np.ndarray:
+def some_images(job: Job) -> Images:
+    images = load_images(job)
+    count = min(HELD_OUT, len(images.holdout))
+    return replace(images, holdout=images.holdout.subset(np.arange(count)))
+
+
+def blocks(
+    plans: Sequence[Assignment], rows: Sequence[Mapping[str, Any]]
+) -> Iterable[tuple[list[Assignment], int, int]]:
+    """The plans that are in no row, by BLOCK: (plans, how many with these, how many in all)."""
+    have = known(rows)
+    waiting = list({key(p): p for p in plans if key(p) not in have}.values())
+    for begin in range(0, len(waiting), BLOCK):
+        part = waiting[begin : begin + BLOCK]
+        yield part, begin + len(part), len(waiting)
+
+
+def first_plans(bench: Bench, ground: Ground, ratios: Sequence[float]) -> list[Assignment]:
+    """What the closed loop compiles in its first round for these budgets."""
+    study, found = Study(bench.job, bench.facts), []
+    for ratio in ratios:
+        bench.limit = parse_latency(f"{ratio:.6f}x")
+        problem = within(ground.problem, limit_seconds(bench.limit, ground.first))
+        try:
+            found += [plan.solution.choice for plan in candidates(study, problem, ())]
+        except InfeasibleError:
+            continue  # `answered` will count it
+    return found
+
+
+def drawn(least: float, count: int, seed: int) -> list[float]:
     """Budgets as shares of fp32's time, from just above the fastest plan's to fp32's."""
-    fastest = solve(replace(ground.problem, minimize="latency_s"))
-    least = float(fastest.latency_s or 0.0) / ground.first["fp32"].latency_s
-    low, high = np.log(min(1.05 * least, 0.99)), 0.0
-    return np.exp(np.random.default_rng(seed).uniform(low, high, count))
+    low = np.log(min(1.05 * least, 0.99))
+    return [float(v) for v in np.exp(np.random.default_rng(seed).uniform(low, 0.0, count))]
 
 
 def answered(bench: Bench, ground: Ground, ratio: float) -> dict[str, Any]:
@@ -131,22 +226,21 @@ def answered(bench: Bench, ground: Ground, ratio: float) -> dict[str, Any]:
     try:
         best, rounds = closed_loop(bench, ground)
     except InfeasibleError:
-        return {"budget": ratio, "plan": None, "first": None, "rounds": 0}
-    plan = best.attempt.made.assignment
-    return {"budget": ratio, "plan": plan, "first": first.choice or None, "rounds": rounds}
+        return {"budget": ratio, "plan": None, "first": None, "rounds": 0, "met": False}
+    plan, met = best.attempt.made.assignment, best.attempt.within_limit
+    return {
+        "budget": ratio, "plan": plan, "first": first.choice or None, "rounds": rounds, "met": met,
+    }  # fmt: skip
 
 
-def rivals(bench: Bench, ground: Ground, count: int, seed: int) -> list[Assignment]:
-    """All assignments where they are at most `count`, else half random, half exact for prices that
-    are disturbed and budgets drawn at random."""
+def rivals(ground: Ground, least: float, count: int, seed: int) -> list[Assignment]:
+    """Half random, half exact for prices that are disturbed and budgets drawn at random."""
     problem, chance = ground.problem, np.random.default_rng(seed)
     assert problem.legal is not None and problem.latency_s is not None
     able = [[f for f, legal in zip(problem.formats, row, strict=True) if legal]
             for row in problem.legal]  # fmt: skip
-    if np.prod([len(names) for names in able], dtype=float) <= count:
-        return [dict(zip(problem.layers, choice, strict=True)) for choice in product(*able)]
     found = []
-    for i in range(count):
+    for i, ratio in enumerate(drawn(least, count, seed + 1)):
         if i % 2:
             found.append(
                 {n: str(chance.choice(a)) for n, a in zip(problem.layers, able, strict=True)}
@@ -154,25 +248,28 @@ def rivals(bench: Bench, ground: Ground, count: int, seed: int) -> list[Assignme
             continue
         factors = np.exp(chance.normal(0, DISTURBED, problem.latency_s.shape))
         other = replace(problem, latency_s=problem.latency_s * factors)
-        ratio = drawn(ground, 1, int(chance.integers(1 << 31)))[0]
-        solution = solve(within(other, float(ratio) * ground.first["fp32"].latency_s))
+        solution = solve(within(other, ratio * ground.first["fp32"].latency_s))
         if solution.choice:
             found.append(solution.choice)
     return found
 
 
 def timed(bench: Bench, ground: Ground, plans: Sequence[Assignment]) -> list[dict[str, Any]]:
-    """Time plans in one run with the baselines."""
+    """Time plans in one run with the baselines; again, a few times, where it was disturbed."""
     numbers = bench.facts.quantizers
     bench.limit = None
     attempts = bench.attempt([(plan, numbers) for plan in plans], ground.latency)
+    for _ in range(REPEATS):
+        if not any(attempt.own.quality["noisy"] for attempt in attempts):
+            break
+        attempts = bench.again(attempts)
     rows = []
     for attempt in attempts:
         fp32, plan = attempt.timed["fp32"].latency_s, attempt.made.assignment
         values = evaluate(ground.problem, index_of(ground.problem, plan))
         rows.append({
             "plan": plan, "ratio": attempt.own.latency_s / fp32, "loss": float(values.of("loss")),
-            "predicted": attempt.predicted_s / fp32, "noisy": attempt.own.quality.get("noisy"),
+            "predicted": attempt.predicted_s / fp32, "noisy": attempt.own.quality["noisy"],
         })  # fmt: skip
     return rows
 
@@ -181,33 +278,46 @@ def key(plan: Mapping[str, str]) -> str:
     return json.dumps(plan, sort_keys=True)
 
 
-def known(rows: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Plan -> its fresh time."""
-    return {key(row["plan"]): row for row in rows["times"]}
+def known(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Plan -> its row."""
+    return {key(row["plan"]): row for row in rows}
+
+
+def pair(rows: Mapping[str, Any], plan: Assignment) -> tuple[Assignment, Assignment]:
+    """A chosen plan and the fastest of no more loss by the first times: itself, if none is."""
+    times = known(rows["times"])
+    most = times[key(plan)]["loss"] + 1e-12
+    best = min((row for row in rows["times"] if row["loss"] <= most), key=lambda row: row["ratio"])
+    return plan, best["plan"]
 
 
 def figures(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Shares and means over the budgets, with 95 % intervals."""
-    times = known(rows)
-    answers = [a for a in rows["answers"] if a["plan"] and key(a["plan"]) in times]
-    if not answers:
-        return {"budgets": 0}
+    times, again = known(rows["times"]), known(rows["again"])
+    answers = [a for a in rows["answers"] if a["plan"]]
+    quiet = [
+        a for a in answers
+        if not times[key(a["plan"])]["noisy"]
+        and not any(again[key(plan)]["noisy"] for plan in pair(rows, a["plan"]))
+    ]  # fmt: skip
+    if not quiet:
+        return {"budgets": 0, "noisy": len(answers)}
     over, regrets = [], []
-    for answer in answers:
-        own = times[key(answer["plan"])]
-        over.append(max(own["ratio"] / answer["budget"] - 1, 0.0))
-        least = min(row["ratio"] for row in times.values() if row["loss"] <= own["loss"] + 1e-12)
-        regrets.append(1 - least / own["ratio"])
+    for answer in quiet:
+        over.append(max(times[key(answer["plan"])]["ratio"] / answer["budget"] - 1, 0.0))
+        own, rival = (again[key(plan)]["ratio"] for plan in pair(rows, answer["plan"]))
+        regrets.append(max(1 - rival / own, 0.0))
     errors = np.abs([row["predicted"] / row["ratio"] - 1 for row in times.values()])
     met = [value == 0 for value in over]
     return {
-        "budgets": len(answers), "infeasible": len(rows["answers"]) - len(answers),
+        "budgets": len(quiet), "infeasible": len(rows["answers"]) - len(answers),
+        "noisy": len(answers) - len(quiet), "promised": float(np.mean([a["met"] for a in quiet])),
         "met": float(np.mean(met)), "met_interval": wilson(sum(met), len(met)),
         "overshoot_mean": float(np.mean(over)), "overshoot_interval": bootstrap(over),
         "overshoot_max": max(over), "regret_mean": float(np.mean(regrets)),
         "regret_interval": bootstrap(regrets), "regret_max": max(regrets),
-        "rounds": float(np.mean([a["rounds"] for a in answers])),
-        "first_answer_kept": float(np.mean([a["plan"] == a["first"] for a in answers])),
+        "rounds": float(np.mean([a["rounds"] for a in quiet])),
+        "first_answer_kept": float(np.mean([a["plan"] == a["first"] for a in quiet])),
         "plans_timed": len(times), "price_error_median": float(np.median(errors)),
         "price_within_10_percent": float(np.mean(errors <= 0.1)),
     }  # fmt: skip
@@ -227,10 +337,30 @@ def bootstrap(values: Sequence[float], draws: int = 2000) -> tuple[float, float]
     return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
-def forecast(model: str, what: str, done: int, count: int, began: float) -> None:
-    left = (time.monotonic() - began) / done * max(count - done, 0)
-    print(f"{model}: {min(done, count)} of {count} {what}, about {left / 60:.0f} min left",
-          file=sys.stderr, flush=True)  # fmt: skip
+class Progress:
+    """What is done of a model, and how long the rest of a stage will take."""
+
+    def __init__(self, model: str):
+        self.model = model
+        self.start()
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+
+    def of(
+        self, what: str, work: Callable[[list[Assignment]], None], plans: list[Assignment]
+    ) -> None:
+        """Do something with plans as a stage of its own."""
+        self.start()
+        work(plans)
+        self.note(what, len(plans), len(plans))
+        self.start()
+
+    def note(self, what: str, done: int, count: int) -> None:
+        spent = time.monotonic() - self.began
+        left = spent / max(done, 1) * (count - done)
+        print(f"{self.model}: {done} of {count} {what} in {spent:.0f} s, about {left:.0f} s left",
+              file=sys.stderr, flush=True)  # fmt: skip
 
 
 def text(model: str, found: Mapping[str, Any]) -> str:
