@@ -1,12 +1,13 @@
 """The hyperparameters of a plan's numbers, searched on a cheap proxy of its true loss.
 
-Proxy: how far the logits are from float's (KL) on a few held-out images, in chunks. Unlike the loss
-it needs no label, whose luck would drown the settings' differences on so few images. A setting that
-does badly on the first ones is given up (Optuna's median pruner; settings are proposed by its
-tree-structured Parzen estimator, Bergstra et al., NeurIPS 2011). The best few by the proxy, the
-default and some of the others are then judged by the loss on all held-out images, and the best of
-those is taken; so the result is never worse than the default there, and the proxy's rank
-correlation with the full judgement is known.
+Proxy: the squared error of the logits on a few held-out images, in chunks. Every image counts
+alike in it, while in the loss, and in KL, the few whose class is in doubt drown the settings'
+differences on so few images. A setting that does badly on the first ones is given up (Optuna's
+median pruner; settings are proposed by its tree-structured Parzen estimator, Bergstra et al.,
+NeurIPS 2011), so what ranks settings is their error relative to the default's on the same images.
+The best few by the proxy, the default and some of the others are then judged by the loss on all
+held-out images, and the best of those is taken; so the result is never worse than the default
+there, and the proxy's rank correlation with the full judgement is known.
 
 Each judged chunk is kept in the store, and the sampler is seeded: a run that was interrupted goes
 through the same trials again, but pays only for those it had not finished.
@@ -14,7 +15,7 @@ through the same trials again, but pays only for those it had not finished.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -27,11 +28,14 @@ from hwmpq.types import Assignment
 
 if TYPE_CHECKING:
     import optuna
+    from torch import Tensor
+
+    from hwmpq.quantize.scores import Batch
 
 #: Settings that the proxy judges, chunks of it, and images of a chunk.
 SETTINGS, CHUNKS, CHUNK = 36, 4, 16
-#: The proxy's loss.
-LOSS = "kl"
+#: The proxy's loss, as `--loss` names it.
+LOSS = "hwmpq.methods.proxy:logit_error"
 #: Trials at most, as one may propose a setting again; that one costs nothing.
 TRIALS = 4 * SETTINGS
 #: Settings that are judged in full: the best by the proxy, and others spread over the rest.
@@ -41,7 +45,7 @@ BEST, SPREAD = 3, 3
 def search(study: Study, plan: Assignment) -> tuple[Setting, dict[str, Any]]:
     """The best setting found for a plan, and how the search went."""
     found = trials(study, plan)
-    scores = {setting: _mean(chunks) for setting, chunks in found.items()}
+    scores = relative(found)
     whole = {s: score for s, score in scores.items() if len(found[s]) == _chunks(study)}
     full = {s: study.judge(plan, s) for s in _picked(whole)}
     best = min(full, key=lambda s: full[s].loss)
@@ -89,6 +93,18 @@ def trials(study: Study, plan: Assignment) -> dict[Setting, list[Judged]]:
     return found
 
 
+def relative(found: Mapping[Setting, Sequence[Judged]]) -> dict[Setting, float]:
+    """The proxy of each setting, as a part of the default's on the same images."""
+    usual = found[Setting()]
+    return {s: _mean(chunks) / (_mean(usual[: len(chunks)]) or 1.0) for s, chunks in found.items()}
+
+
+def logit_error(outputs: Tensor, batch: Batch) -> Tensor:
+    """Squared error of the logits [N], less what all of a sample share, which no softmax sees."""
+    error = (outputs.double() - batch.reference.double()).flatten(1)
+    return (error - error.mean(1, keepdim=True)).square().sum(1)
+
+
 def suggested(trial: optuna.Trial) -> Setting:
     """The percentile matters, and is asked for, only where the ranges are cut at one."""
     ranges: Ranges = trial.suggest_categorical("ranges", get_args(Ranges))
@@ -105,7 +121,7 @@ def _chunks(study: Study) -> int:
     return max(1, min(CHUNKS, study.images // CHUNK))
 
 
-def _mean(chunks: list[Judged]) -> float:
+def _mean(chunks: Sequence[Judged]) -> float:
     return float(np.average([c.loss for c in chunks], weights=[c.images for c in chunks]))
 
 

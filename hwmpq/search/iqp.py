@@ -3,8 +3,10 @@
 Every node convexifies the quadratic anew over the cells that are still open (`relaxation`). The
 tangent plane at the relaxed minimum, with the prices of the budgets, is a problem without pairs:
 its minimum over the transitions (`elimination`) is the node's bound, safe whatever the interior
-point's rounding, and closes every cell through which nothing can be better. The incumbent comes
-from a multi-start local search and from rounding each node.
+point's rounding, and closes every cell through which nothing can be better. A node also lists the
+choices near its relaxed minimum (`nearby`): all that could be better, which settles it, or too many
+of them, and then it is branched on. The incumbent comes from a multi-start local search, from these
+choices and from rounding.
 
 The negative eigenvalues of C need no repair here, as the convexification is exact at every choice;
 so `none` is the default policy, and objective and raw_objective agree. Under `clip` and `shift` the
@@ -28,10 +30,11 @@ from hwmpq.search.elimination import order_of, relax
 from hwmpq.search.evaluate import IndexArray, choice_of, evaluate, index_of, limit
 from hwmpq.search.local import Quadratic, descend, multi_start, settle
 from hwmpq.search.moves import feasible
+from hwmpq.search.nearby import near
 from hwmpq.search.pairs import Policy, mended, merged
 from hwmpq.search.relaxation import Form, Relaxed, convexify, minimise
 from hwmpq.search.transport import flat_plane, plane_at
-from hwmpq.types import FloatArray, Problem, Solution
+from hwmpq.types import BoolArray, FloatArray, Problem, Solution
 
 #: Proven means: within this share of the objective.
 GAP = 1e-6
@@ -39,6 +42,9 @@ GAP = 1e-6
 ANEW = 0.7
 #: Transition planes that one node may add, and that are kept.
 PLANES, MOST_PLANES = 6, 12
+#: Partial choices kept at a node, and at the first one, which goes on with the best where there are
+#: more, and whose best choices, so many, local search starts from.
+WIDTH, FIRST_WIDTH, SETTLED = 4000, 20000, 8
 #: A round that raises the bound by less than this share of what is missing is the node's last.
 SLOW = 0.05
 #: The name of the tangent plane among the tables.
@@ -171,12 +177,11 @@ class _Search:
         if value < self.value:
             self.best, self.value = index, value
 
-    def _round(self, x: FloatArray, decisions: Decisions) -> None:
-        """An incumbent near the relaxed minimum."""
-        start = np.where(decisions.legal, x, -1.0).argmax(1)
-        near = settle(self.problem, self.root, self.quadratic, start)
-        if near is not None:
-            self._offer(near)
+    def _settle(self, start: IndexArray) -> None:
+        """Offer the local optimum reached from a choice."""
+        found = settle(self.problem, self.root, self.quadratic, start)
+        if found is not None:
+            self._offer(found)
 
     def _node(self, decisions: Decisions, parent: _Node | None) -> _Node | None:
         """Bound what is open and close what cannot be better; None when nothing better is left."""
@@ -184,7 +189,7 @@ class _Search:
         bound = -math.inf if parent is None else parent.bound
         form, born = (None, 0) if parent is None else (parent.form, parent.born)
         x = np.where(decisions.legal, 1.0, 0.0)
-        planes = 0
+        planes, closed = 0, False
         while time.perf_counter() < self.deadline:
             decisions = self._within_budgets(decisions)
             if not decisions.legal.any(1).all():
@@ -206,17 +211,34 @@ class _Search:
             found = minimise(form, decisions.legal, rows.cells, rows.limits)
             if found is None:
                 break
-            x, before = found.x, bound
+            x, before, legal = found.x, bound, decisions.legal
             bound, decisions = self._bounded(decisions, found, rows, bound)
             if bound >= self._enough():
                 return None
             if self.nodes < 20 or self.nodes % 8 == 0:
-                self._round(x, decisions)
+                self._settle(np.where(decisions.legal, x, -1.0).argmax(1))
             slow = bound - before <= SLOW * (self._enough() - bound)
             if planes == PLANES or slow or not self._add_plane(x):
+                closed = self._tried(form, found, legal, rows)
                 break
             planes += 1
-        return _Node(decisions, x, bound, form, born)
+        return None if closed else _Node(decisions, x, bound, form, born)
+
+    def _tried(self, form: Form, found: Relaxed, legal: BoolArray, rows: _Rows) -> bool:
+        """Offer the choices near the relaxed minimum. Returns whether nothing better is left."""
+        first = self.nodes == 1
+        tried = near(
+            form, found, legal, rows.cells, rows.limits, self._enough(),
+            FIRST_WIDTH if first else WIDTH, first,
+        )  # fmt: skip
+        for index in tried.choices[tried.values < self.value]:
+            if feasible(self.problem, self.root, index):
+                self._offer(index)
+                break
+        if first:
+            for index in tried.choices[:SETTLED]:
+                self._settle(index)
+        return tried.complete
 
     def _within_budgets(self, decisions: Decisions) -> Decisions:
         """Close the cells with which one of the budgets cannot be met."""

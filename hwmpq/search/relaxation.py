@@ -50,7 +50,7 @@ class Relaxed:
 
 
 @dataclass(frozen=True, eq=False)
-class _Frame:
+class Frame:
     """The shares x without the group sums: y [n], one open cell of each group eliminated.
 
     cells [n]: the cell of each y; first [D]: the eliminated cells; owner [n]: the group of each y;
@@ -119,7 +119,7 @@ def convexify(
     matrix: [D·F, D·F] symmetric. rows: [R, D·F] @ x ≤ limits [R]. deadline: time.perf_counter()
     seconds; the form is then a poorer one. Returns None where the numbers broke down.
     """
-    frame = _frame(legal)
+    frame = frame_of(legal)
     unit = float(np.abs(matrix).max()) or 1.0
     with np.errstate(all="ignore"):  # a breakdown shows as a non-finite result
         weight = _weights(matrix / unit, frame, rows, limits, deadline)
@@ -137,7 +137,7 @@ def minimise(form: Form, legal: BoolArray, rows: FloatArray, limits: FloatArray)
     A primal-dual interior point; the tangent plane is exact for whatever x it stops at. Returns
     None where the numbers broke down.
     """
-    frame = _frame(legal)
+    frame = frame_of(legal)
     unit = float(np.abs(form.matrix).max() + np.abs(form.line).max()) or 1.0
     with np.errstate(all="ignore"):  # a breakdown shows as a non-finite result
         found = _least(Form(form.matrix / unit, form.line / unit), frame, rows, limits)
@@ -151,7 +151,8 @@ def minimise(form: Form, legal: BoolArray, rows: FloatArray, limits: FloatArray)
     return Relaxed(x.reshape(legal.shape), price * unit, slope.reshape(legal.shape), level)
 
 
-def _frame(legal: BoolArray) -> _Frame:
+def frame_of(legal: BoolArray) -> Frame:
+    """The frame of the cells in legal [D, F], one at least of every group."""
     groups, width = legal.shape
     first = legal.argmax(1)
     rest = legal.copy()
@@ -159,11 +160,11 @@ def _frame(legal: BoolArray) -> _Frame:
     owner, cell = np.nonzero(rest)
     same = owner[:, None] == owner
     pairs = np.stack(np.nonzero(np.triu(same, 1)))[:, : max(0, MOST - len(owner))]
-    return _Frame(owner * width + cell, np.arange(groups) * width + first, owner, same, pairs)
+    return Frame(owner * width + cell, np.arange(groups) * width + first, owner, same, pairs)
 
 
 def _reduced(
-    form: Form, frame: _Frame, rows: FloatArray, limits: FloatArray
+    form: Form, frame: Frame, rows: FloatArray, limits: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """A form and rows over y: (matrix [n, n], line [n], rows [R, n], what is left of limits)."""
     across = frame.columns(form.matrix)
@@ -173,7 +174,7 @@ def _reduced(
 
 
 def _weights(
-    matrix: FloatArray, frame: _Frame, rows: FloatArray, limits: FloatArray, deadline: float
+    matrix: FloatArray, frame: Frame, rows: FloatArray, limits: FloatArray, deadline: float
 ) -> FloatArray | None:
     """The w of the u's at the saddle point, where y is the relaxed x and spread X - x xᵀ."""
     from scipy.linalg import cho_factor, cho_solve
@@ -243,7 +244,7 @@ def _weights(
     return weight if np.isfinite(weight).all() else None
 
 
-def _pressed(frame: _Frame, matrix: FloatArray) -> FloatArray:
+def _pressed(frame: Frame, matrix: FloatArray) -> FloatArray:
     """U A Uᵀ [n, n] of A over the u's."""
     count, (low, high) = len(frame.cells), frame.pairs
     tall = matrix[:count].copy()
@@ -256,7 +257,7 @@ def _pressed(frame: _Frame, matrix: FloatArray) -> FloatArray:
 
 
 def _least(
-    form: Form, frame: _Frame, rows: FloatArray, limits: FloatArray
+    form: Form, frame: Frame, rows: FloatArray, limits: FloatArray
 ) -> tuple[FloatArray, FloatArray] | None:
     """(y, price of rows) at the minimum."""
     from scipy.linalg import cho_factor, cho_solve

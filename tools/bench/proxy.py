@@ -70,7 +70,7 @@ def opened(job: Job, images: Images) -> tuple[Study, Assignment]:
 def measured(job: Job, images: Images, study: Study, plan: Assignment) -> dict[str, object]:
     """Both judgements of every setting, their agreement and their cost."""
     found = proxy.trials(study, plan)
-    ours = {s: float(np.average([c.loss for c in chunks])) for s, chunks in found.items()}
+    ours = proxy.relative(found)
     whole = {s: chunks for s, chunks in found.items() if len(chunks) == proxy.CHUNKS}
     truth = {}
     for setting in found:
