@@ -24,6 +24,7 @@ def quantize(
     eval: Any = None,
     target: str = "native",
     device: str = "local",
+    allow_estimates: bool = False,
     latency: str | float | None = None,
     max_size: str | int | None = None,
     max_bops: str | None = None,
@@ -70,7 +71,7 @@ def quantize(
     modes = {module: module.training for module in model.modules()}
     name = type(model).__name__
     options = Options(
-        model=name, target=target, device=device,
+        model=name, target=target, device=device, allow_estimates=allow_estimates,
         latency=f"{latency:.12f}s" if isinstance(latency, (int, float)) else latency,
         max_size=f"{max_size}B" if isinstance(max_size, int) else max_size,
         max_bops=max_bops, max_drop=max_drop, formats=tuple(formats), pins=tuple(pins),

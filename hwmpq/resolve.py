@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwmpq.errors import InputError
 from hwmpq.formats import Format, QuantizedWeight, encoding_named, format_named
@@ -32,6 +33,16 @@ class ResolvedLayer:
     weight: QuantizedWeight | None
     bias: F32 | None
     epilogue: Epilogue
+
+    @property
+    def bias_steps(self) -> tuple[NDArray[np.int32], F32] | None:
+        """The bias as it joins an integer accumulator: int32 [channels], and the size of a step."""
+        if self.bias is None or self.weight is None or not self.epilogue.integer:
+            return None
+        sums = self.weight.codes.reshape(len(self.bias), -1).astype(np.int64).sum(1)
+        codes = self.epilogue.bias + self.x_quantizer.zero * sums
+        step = np.float64(self.x_quantizer.scale) * np.asarray(self.weight.scale, np.float64)
+        return codes.astype(np.int32), np.broadcast_to(step, codes.shape).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from hwmpq.cli import (
     artifacts,
     cost_model,
     devices,
+    exporting,
     jobs,
     machine,
     reports,
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _part in (jobs, solving, artifacts, machine, reports):
+for _part in (jobs, exporting, solving, artifacts, machine, reports):
     _part.register(app)
 for _name, _group in (
     ("artifact", artifacts.group),

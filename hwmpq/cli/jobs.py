@@ -23,9 +23,10 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
     command(app, *shared.JOB, *shared.TRAIN, "out", "dry_run", panel=_PANEL)(quantize)
     command(app, *(n for n in shared.JOB if n != "max_drop"), panel=_PANEL)(frontier)
-    names = tuple(name for name in shared.JOB if name != "sensitivity")
+    names = tuple(n for n in shared.JOB if n not in ("sensitivity", "allow_estimates"))
     command(app, *(n for n in names if n not in shared.GOAL), panel=_PANEL)(sensitivity)
-    profiled = (*shared.MODEL, *shared.TARGET, "formats", "pins", "tune", "processes")
+    where = (*shared.MODEL, *shared.TARGET, "allow_estimates")
+    profiled = (*where, "formats", "pins", "tune", "processes")
     command(app, *profiled, *shared.WORK, panel=_PANEL)(profile)
     command(app, *shared.JOB, *shared.TRAIN, panel=_PANEL)(search)
     compiled = (*shared.MODEL, *shared.TARGET, *shared.DATA, "store", "out")
@@ -182,19 +183,40 @@ AssignmentFile = Annotated[
 ]
 
 
+QuantizersFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--quantizers",
+        metavar="Q",
+        help="quantizers.safetensors of an earlier artifact, instead of --calib-data.",
+    ),
+]
+
+
 def compile_(
     assignment: AssignmentFile,
-    quantizers: Annotated[
-        Path | None,
+    quantizers: QuantizersFile = None,
+    batch: Annotated[
+        str | None,
         typer.Option(
-            "--quantizers",
-            metavar="Q",
-            help="quantizers.safetensors of an earlier artifact, instead of --calib-data.",
+            "--batch",
+            metavar="N,N,..",
+            help="Batch sizes to compile for; the artifact takes the library of its inputs' size.",
         ),
     ] = None,
+    system_lib: Annotated[
+        bool,
+        typer.Option(
+            "--system-lib",
+            help="Also write model.a, to link the network, at its smallest batch size, into a "
+            "program: see examples/cpp.",
+        ),
+    ] = False,
     **given: Any,
 ) -> Answer:
     """Build an artifact from an assignment that you wrote or changed.
+
+    For a model of several inputs, DATA is npz:FILE with an array by the name of each input.
 
     Example: hwmpq compile zoo:digits_cnn --assignment my.json --calib-data digits#train --out built
     """
@@ -203,7 +225,8 @@ def compile_(
     from hwmpq.side_jobs import compile_model
 
     path = None if quantizers is None else str(quantizers)
-    found = compile_model(shared.options(**given), chosen, path, reporter())
+    sizes = shared.shape(batch, "--batch", "1,4,8") or ()
+    found = compile_model(shared.options(**given), chosen, path, reporter(), sizes, system_lib)
     return Answer(found, lambda console: tables.pairs(console, found))  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hwmpq.cli.durations import duration
 from hwmpq.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,6 +46,14 @@ TABLE: dict[str, tuple[Any, Any]] = {
     ),
     "target": (_option(str, "--target", _TARGET, "See `hwmpq targets`.", "NAME"), "native"),
     "device": (_option(str, "--device", _TARGET, "See `hwmpq devices`.", "NAME"), "local"),
+    "allow_estimates": (
+        _option(
+            bool, "--allow-estimates", _TARGET,
+            "Where there is no board of a foreign target, go by estimated cycles (QEMU and "
+            "llvm-mca): good for ranking, no promise.",
+        ),
+        False,
+    ),
     "threads": (_option(int, "--threads", _TARGET, "Threads of the compiled model.", "N"), 1),
     "data": (
         _option(
@@ -221,7 +230,7 @@ CHOICE = ("formats", "pins", "ties", "method", "search", "sensitivity")
 WORK = ("store", "fresh", "max_time")
 TRAIN = ("train_data", "train", "train_out")
 #: The whole job: everything but --out, --dry-run and what only methods that train take.
-JOB = (*MODEL, *TARGET, *DATA, *GOAL, *CHOICE, *WORK)
+JOB = (*MODEL, *TARGET, "allow_estimates", *DATA, *GOAL, *CHOICE, *WORK)
 
 
 def options(**given: Any) -> Options:
@@ -250,22 +259,13 @@ def words(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def shape(text: str | None) -> tuple[int, ...] | None:
+def shape(
+    text: str | None, option: str = "--input-shape", example: str = "1,3,224,224"
+) -> tuple[int, ...] | None:
     """'1,3,224,224' (or with x) -> sizes. Raises InputError."""
     if text is None:
         return None
     parts = re.split(r"[,x]", text.strip())
     if not all(re.fullmatch(r"[1-9]\d*", part.strip()) for part in parts):
-        raise InputError("--input-shape", repr(text), "positive sizes such as 1,3,224,224")
+        raise InputError(option, repr(text), f"positive sizes such as {example}")
     return tuple(int(part) for part in parts)
-
-
-def duration(text: str | None) -> float | None:
-    """'90', '90s', '10m', '2h' -> seconds. Raises InputError."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?", text.strip())
-    seconds = float(match[1]) * {"m": 60, "min": 60, "h": 3600}.get(match[2], 1) if match else 0.0
-    if not seconds > 0:
-        raise InputError("a time", repr(text), "such as 90s, 10m or 2h")
-    return seconds

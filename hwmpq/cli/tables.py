@@ -102,10 +102,11 @@ def baselines(console: Console, told: Mapping[str, Any]) -> None:
     if not found:
         return
     measured = words.part(told, "latency_s", "measured")
+    ours = measured or words.part(told, "latency_s", "predicted")
     rows = []
     for name, base in found.items():
         seconds = base.get("latency_s")
-        ratio = seconds / measured if seconds and measured else None
+        ratio = seconds / ours if seconds and ours else None
         rows.append(
             [
                 name, words.seconds(seconds), words.times(ratio),
@@ -115,7 +116,8 @@ def baselines(console: Console, told: Mapping[str, Any]) -> None:
         )  # fmt: skip
     heads = ["format", "latency", "times ours", "accuracy", "weights", "vs torch eager"]
     console.print()
-    console.print(table(heads, rows, "Every layer alike, same machine, same run"))
+    where = "same machine, same run" if measured else "estimated"
+    console.print(table(heads, rows, f"Every layer alike, {where}"))
 
 
 def frontier(console: Console, found: Mapping[str, Any]) -> None:

@@ -79,7 +79,8 @@ def verdict(result: Mapping[str, Any]) -> str:
     status = "dry-run" if result.get("dry_run") else result.get("status")
     measured, budget = part(result, "latency_s", "measured"), part(result, "latency_s", "budget")
     drop = part(result, "accuracy", "drop")
-    time = f"{seconds(measured)} measured" if _number(measured) else "nothing was measured"
+    estimate = seconds(part(result, "latency_s", "predicted"))
+    time = f"{seconds(measured)} measured" if _number(measured) else f"{estimate}, not timed,"
     if _number(measured) and interval(part(result, "latency_s", "measured_interval")) != NONE:
         time += f" (95 % interval {interval(part(result, 'latency_s', 'measured_interval'))})"
     limit = f"the budget of {seconds(budget)}" if _number(budget) else "the request"
@@ -103,8 +104,9 @@ def verdict(result: Mapping[str, Any]) -> str:
         words.append(f"That is {base / measured:.2f} times as fast as the fp32 model.")
     if _number(drop):
         metric = part(result, "accuracy", "metric") or "accuracy"
-        deployed = part(result, "accuracy", "deployed")
-        words.append(f"{metric} {percent(deployed)}, {points(-drop)} points against float.")
+        known = part(result, "accuracy", "deployed"), part(result, "accuracy", "simulated")
+        reached = percent(next((value for value in known if value is not None), None))
+        words.append(f"{metric} {reached}, {points(-drop)} points against float.")
     return " ".join(words)
 
 

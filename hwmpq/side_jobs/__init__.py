@@ -8,17 +8,21 @@ sensitivity_model  loss of every cell, into the store
 frontier_model     the whole curve, nothing compiled but the uniform artifacts
 search_model       one plan from what the store knows; measures and writes nothing
 compile_model      an artifact from an assignment
+export_model       a file for another compiler or runtime from an assignment
 sample_cells       seconds of shapes like those of the zoo, for a cost model
+measured_networks  the cells of whole networks that the store has, to judge a cost model by
 finetune_model     an assignment trained for what it rounds
 search_by_training one plan by a method that trains
 """
 
 from hwmpq.side_jobs.compile import compile_model
 from hwmpq.side_jobs.elsewhere import bundle_model, import_times
+from hwmpq.side_jobs.export import export_model
 from hwmpq.side_jobs.facts import profile_model, sensitivity_model
 from hwmpq.side_jobs.finetune import finetune_model
 from hwmpq.side_jobs.frontier import frontier_model
 from hwmpq.side_jobs.inspect import inspect_model
+from hwmpq.side_jobs.networks import measured_networks
 from hwmpq.side_jobs.sample import sample_cells
 from hwmpq.side_jobs.search import search_model
 from hwmpq.side_jobs.search_trained import search_by_training
@@ -26,10 +30,12 @@ from hwmpq.side_jobs.search_trained import search_by_training
 __all__ = [
     "bundle_model",
     "compile_model",
+    "export_model",
     "finetune_model",
     "frontier_model",
     "import_times",
     "inspect_model",
+    "measured_networks",
     "profile_model",
     "sample_cells",
     "search_by_training",

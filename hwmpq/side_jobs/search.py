@@ -25,6 +25,7 @@ from hwmpq.stages.choose import (
     within,
 )
 from hwmpq.stages.facts import calibrate, stored_sensitivities
+from hwmpq.stages.fit import overhead_key
 from hwmpq.stages.job import (
     Images,
     Job,
@@ -38,7 +39,7 @@ from hwmpq.stages.job import (
 from hwmpq.stages.latency import LatencyFacts, profile
 from hwmpq.stages.menu import Menu, make_menu, uniform
 from hwmpq.stages.predicted import fill_in
-from hwmpq.stages.pricing import overhead_key, price, table
+from hwmpq.stages.pricing import price, table
 from hwmpq.stages.result import layer_rows
 from hwmpq.stages.verify import float_logits, simulated_drop
 from hwmpq.types import Assignment, Problem, Sensitivity, Solution
@@ -110,8 +111,7 @@ def known_latencies(job: Job, menu: Menu) -> LatencyFacts:
     """Times that were measured, imported or can be predicted, with the overhead last fitted."""
     facts = imported.fill_in(job, profile(job, menu, measure=False))
     facts = fill_in(job, menu, facts)
-    overhead, speed = job.store.fact("overhead", overhead_key(job)) or (0.0, 1.0)
-    return replace(facts, overhead_s=overhead, speed=speed)
+    return replace(facts, **(job.store.fact("overhead", overhead_key(job)) or {}))
 
 
 def _known_losses(job: Job, images: Images, menu: Menu) -> Sensitivity:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -12,108 +10,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from made_artifact import TARGET, Made, full
 from torch import nn
 
-from hwmpq import artifact, lower, targets, tensors, toolchain
-from hwmpq.artifact import folder as artifact_folder
+from hwmpq import artifact, lower, tensors
 from hwmpq.artifact import native
-from hwmpq.artifact.folder import replace_folder, write_json
+from hwmpq.artifact.folder import write_json
 from hwmpq.artifact.golden import checksum
 from hwmpq.errors import InputError
-from hwmpq.formats import encoding_named
 from hwmpq.frontend.relax_module import relax_module
 from hwmpq.frontend.torch_export import trace
 from hwmpq.kernels.codes import memory_dtype
-from hwmpq.lower.layout import NHWC, layouts
 from hwmpq.quantize.calibrate import calibrate
 from hwmpq.quantize.simulate import Simulator
-from hwmpq.targets import FEATURES
 
 torch.set_num_threads(1)
-TARGET = targets.native()
 FILES = ("model.so", "parameters.safetensors", "golden.safetensors", "assignment.json")
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, 2, 1)
-        self.conv2 = nn.Conv2d(8, 8, 3, 1, 1)
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.conv1(x))
-        return self.fc(nn.functional.max_pool2d(self.conv2(x) + x, 4).flatten(1))
-
-
-class Made:
-    """A compiled net and what is needed to write it as an artifact."""
-
-    def __init__(self, assignment: Mapping[str, str]):
-        torch.manual_seed(2)
-        self.images = torch.randn(6, 3, 8, 8)
-        self.graph = trace(Net().eval(), (self.images[:1],))
-        self.assignment = dict(assignment)
-        quantizers = calibrate(self.graph, [self.images], sorted(set(assignment.values())))
-        self.built = lower.build(relax_module(self.graph), assignment, quantizers, TARGET)
-        self.simulator = Simulator(self.graph, assignment, quantizers)
-
-    def golden(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Two samples: inputs, outputs, checksums of what is stored."""
-        stored, layout = self.simulator.resolved.plan.stored, layouts(self.graph)
-        arrays, checks = {}, {"samples": "2"}
-        for k in range(2):
-
-            def observe(name: str, value: torch.Tensor, k: int = k) -> None:
-                held = value.numpy()
-                if layout[name] == NHWC:
-                    held = held.transpose(0, 2, 3, 1)
-                if memory_dtype(stored[name]) == "uint16":
-                    held = encoding_named(stored[name]).quantize(held)
-                checks[f"{k}.{name}"] = checksum(held.astype(memory_dtype(stored[name])))
-
-            x = self.images[k : k + 1]
-            arrays[f"{k}.input.x"] = x.numpy()
-            with torch.inference_mode():
-                arrays[f"{k}.output.{self.graph.outputs[0]}"] = self.simulator(x, observe)[
-                    0
-                ].numpy()
-        return arrays, checks
-
-    def manifest(self) -> dict[str, Any]:
-        return {
-            "versions": toolchain.versions(),
-            "target": {
-                "name": TARGET.name, "tvm": dict(TARGET.tvm), "features": sorted(TARGET.features),
-                "cpu_flags": sorted({f for w in TARGET.features for f in FEATURES[w].flags}),
-            },
-            "threads": 1,
-            "inputs": [{"name": "x", "shape": [1, 3, 8, 8], "dtype": "float32"}],
-            "outputs": [{"name": self.graph.outputs[0], "shape": [1, 5], "dtype": "float32"}],
-            "assignment": self.assignment,
-            "calls": list(self.built.calls),
-            "parameters": list(self.built.parameters),
-        }  # fmt: skip
-
-    def writers(self) -> dict[str, Callable[[Path], None]]:
-        return {
-            "model.so": lambda p: self.built.executable.export_library(str(p)),
-            "parameters.safetensors": lambda p: tensors.save(p, self.built.parameters),
-            "golden.safetensors": lambda p: tensors.save(p, *self.golden()),
-            "assignment.json": lambda p: write_json(p, self.assignment),
-        }
-
-    def save(self, folder: Path, **changes: Callable[[Path], None]) -> None:
-        writers = {**self.writers(), **{k.replace("_", "."): v for k, v in changes.items()}}
-        artifact.save(folder, self.manifest(), writers)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +87,8 @@ def test_saved_loaded_called(made: Made, kept: Path) -> None:
     rows = net.run_samples(made.images.numpy(), steps.append)
     assert rows.shape == (6, 5) and steps == [1] * 6
     net.bench_callable()()
+    inside = net.call_seconds()
+    assert len(inside) == len(net.manifest["calls"]) and min(inside) > 0
     assert sorted(os.listdir(kept)) == sorted([*FILES, "manifest.json"])
 
 
@@ -217,7 +138,7 @@ SAVE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_artifact import Made
+from made_artifact import Made
 Made(dict.fromkeys(("conv1", "conv2", "fc"), "w8a8")).save(Path("again"))
 """
 
@@ -372,10 +293,6 @@ def test_an_empty_folder_and_an_old_artifact_are_replaced(made: Made, tmp_path: 
     assert place.stat().st_mode & 0o777 == 0o755
 
 
-def full(_path: Path) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.parametrize("name", [*FILES, "manifest.json", "rename", "folder"])
 def test_a_full_disk_leaves_the_old_artifact(
     made: Made, copied: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -395,76 +312,6 @@ def test_a_full_disk_leaves_the_old_artifact(
         made.save(copied, **changes)
     assert {p.name: p.read_bytes() for p in copied.iterdir()} == before
     assert sorted(p.name for p in copied.parent.iterdir()) == others
-
-
-@pytest.fixture
-def two(tmp_path: Path) -> tuple[Path, Path]:
-    """Folders `new` and `place`, each with a file that holds its name."""
-    for name in ("new", "place"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "name").write_text(name)
-    return tmp_path / "new", tmp_path / "place"
-
-
-def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where C library or file system cannot exchange two names."""
-    monkeypatch.setattr(artifact_folder, "_exchange", lambda *_: False)
-
-
-@pytest.mark.parametrize("able", [True, False])
-def test_a_folder_is_replaced(
-    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, able: bool
-) -> None:
-    new, place = two
-    if not able:
-        no_exchange(monkeypatch)
-    replace_folder(new, place)
-    assert (place / "name").read_text() == "new"
-    assert [p.name for p in place.parent.iterdir() if p.is_dir()] == ["place"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux'")
-def test_a_replaced_folder_is_never_away(
-    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    new, place = two
-    monkeypatch.setattr(os, "replace", lambda *_: full(place))  # one step, or none
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before the old one goes
-    replace_folder(new, place)
-    assert (place / "name").read_text() == "new" and (new / "name").read_text() == "place"
-
-
-@pytest.mark.parametrize(("code", "seen"), [(errno.EINVAL, False), (errno.ENOSPC, None)])
-def test_a_file_system_that_cannot_exchange(
-    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, code: int, seen: bool | None
-) -> None:
-    library = SimpleNamespace(renameat2=lambda *_: ctypes.set_errno(code) or -1)
-    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
-    if seen is None:
-        with pytest.raises(OSError, match="No space left"):
-            replace_folder(*two)
-        assert (two[1] / "name").read_text() == "place"
-    else:
-        assert artifact_folder._exchange(*two) is seen
-
-
-def test_a_failed_rename_puts_the_old_folder_back(
-    two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    new, place = two
-    no_exchange(monkeypatch)
-    rename = os.replace
-
-    def second_fails(source: Path, target: Path) -> None:
-        if Path(source) == new:
-            full(new)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", second_fails)
-    with pytest.raises(OSError, match="No space left"):
-        replace_folder(new, place)
-    assert (place / "name").read_text() == "place"
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["new", "place"]
 
 
 def test_a_writer_that_fails_leaves_nothing(made: Made, tmp_path: Path) -> None:
@@ -586,54 +433,3 @@ def test_the_runtime_library_and_numpy_are_enough(made: Made, kept: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == "True set()"
     assert np.array_equal(np.load(tmp_path / "y.npy"), artifact.load(kept)(x))
-
-
-# -- safetensors without safetensors ---------------------------------------------------------------
-
-
-def test_tensor_files_are_safetensors(tmp_path: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    rng = np.random.default_rng(0)
-    given: dict[str, np.ndarray] = {
-        "f": rng.normal(size=(2, 3)).astype(np.float32), "empty": np.zeros((0, 4), np.uint8),
-        "scalar": np.array(7, np.int32), "half": np.arange(5, dtype=np.uint16),
-        "turned": np.arange(12, dtype=np.int8).reshape(3, 4).T, "bool": np.array([True, False]),
-    }  # fmt: skip
-    tensors.save(tmp_path / "mine", {**given, "big": given["f"].astype(">f4")}, {"a": "b"})
-    theirs = load_file(tmp_path / "mine")
-    assert np.array_equal(theirs["big"], given["f"])
-    mine, metadata = tensors.load(tmp_path / "mine")
-    assert metadata == {"a": "b"}
-    for name, array in given.items():
-        assert np.array_equal(theirs[name], array) and np.array_equal(mine[name], array)
-        assert mine[name].dtype == theirs[name].dtype == array.dtype
-    save_file({k: np.array(v, order="C") for k, v in given.items()}, tmp_path / "theirs")
-    again, _ = tensors.load(tmp_path / "theirs")
-    assert all(np.array_equal(again[k], v) for k, v in given.items())
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"", b"[]", b"{", b"[" * 100_000, b'{"__metadata__": 3}', b'{"a": {}}', b'{"a": 5}',
-        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',
-        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}',
-        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
-        b'{"a": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}',
-        b'{"a": {"dtype": "F8", "shape": [1], "data_offsets": [0, 4]}}',
-        b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
-    ],
-    ids=lambda header: header[:60].decode(),
-)  # fmt: skip
-def test_damaged_tensor_files(tmp_path: Path, header: bytes) -> None:
-    path = tmp_path / "damaged"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(InputError, match="not a readable safetensors file"):
-        tensors.load(path)
-    path.write_bytes(b"\xff" * 8 + header)
-    with pytest.raises(InputError, match="header of"):
-        tensors.load(path)
-    path.write_bytes(b"\1")
-    with pytest.raises(InputError, match="not a readable safetensors file"):
-        tensors.load(path)

@@ -1,18 +1,15 @@
-"""An artifact from elsewhere: kept from an older version, signed, damaged, run without Python."""
+"""An artifact from elsewhere: kept from an older version, signed, damaged; called by threads."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_tool
 import numpy as np
 import pytest
 
@@ -31,16 +28,7 @@ needs_avx2 = pytest.mark.skipif(
 COUNT = 160
 
 
-def tool(name: str) -> Any:
-    """A program of tools/bench, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools/bench" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mutations = tool("mutations")
+mutations, threads = bench_tool.load("mutations"), bench_tool.load("threads")
 
 
 @pytest.fixture
@@ -205,7 +193,7 @@ def test_what_was_checked_is_what_is_loaded(copied: Path, monkeypatch: pytest.Mo
 @needs_avx2
 @pytest.mark.parametrize("required", [None, PUBLIC], ids=["unsigned", "signed"])
 def test_mutations(required: Path | None) -> None:
-    counts, wrong = mutations.compare(KEPT, COUNT, 7, required, None)
+    counts, wrong = mutations.compare(KEPT, COUNT, 7, required, ())
     assert wrong == [] and counts["refused"] > 0.7 * COUNT
     assert 0 < counts["equal"] or required
 
@@ -213,78 +201,15 @@ def test_mutations(required: Path | None) -> None:
 # -- threads ---------------------------------------------------------------------------------------
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 @needs_avx2
 @pytest.mark.parametrize("shared", [True, False], ids=["one", "one each"])
 def test_eight_threads(shared: bool) -> None:
-    loaded = [artifact.load(KEPT) for _ in range(1 if shared else 8)]
-    inputs = np.random.default_rng(0).standard_normal((16, 1, 3, 8, 8)).astype(np.float32)
-    want = [np.array(loaded[0](x)) for x in inputs]
-    wrong: list[int] = []
-
-    def work(number: int, calls: int) -> None:
-        net = loaded[number % len(loaded)]
-        for k in range(number, number + calls):
-            if not np.array_equal(net(inputs[k % 16]), want[k % 16]):
-                wrong.append(k)
-
-    def all_at_once(calls: int) -> int:
-        threads = [threading.Thread(target=work, args=(n, calls)) for n in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return resident()
-
-    before = all_at_once(50)
-    assert all_at_once(400) - before < 4 * 2**20 and wrong == []
+    sets = [[artifact.load(KEPT)] for _ in range(1 if shared else 8)]
+    wrong, before = threads.hammer(sets, 8, 50)
+    more, after = threads.hammer(sets, 8, 400)
+    assert wrong == more == 0 and after - before < 4 * 2**20
 
 
 def test_threads_at_run_time() -> None:
     with pytest.raises(InputError, match="threads: got 2; allowed: 1"):
         artifact.load(KEPT, threads=2)
-
-
-# -- without Python --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """examples/cpp, built."""
-    lacking = [name for name in ("cmake", "g++") if not shutil.which(name)]
-    if lacking or not Path("/usr/include/openssl/evp.h").exists():
-        pytest.skip(f"no {lacking[0] if lacking else 'libssl-dev'} to build examples/cpp")
-    place = tmp_path_factory.mktemp("cpp")
-    settings = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
-    for command in (["cmake", "-S", ROOT / "examples/cpp", "-B", place, *settings],
-                    ["cmake", "--build", place]):  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return place / "hwmpq_runner"
-
-
-@needs_avx2
-def test_the_cpp_runner_computes_the_same(runner: Path, tmp_path: Path) -> None:
-    x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
-    x.tofile(tmp_path / "x.bin")
-    words = ["--input", tmp_path / "x.bin", "--output", tmp_path / "y.bin"]
-    subprocess.run([runner, "run", KEPT, *words, "--require-signature", PUBLIC], check=True)
-    assert np.array_equal(np.fromfile(tmp_path / "y.bin", "<f4"), artifact.load(KEPT)(x).ravel())
-    done = subprocess.run([runner, "bench", KEPT, "--rounds", "3"], capture_output=True, check=True)
-    found = json.loads(done.stdout)["latency_s"]
-    assert 0 < found["min"] <= found["median"] <= found["p90"] < 0.1 and found["samples"] == 3
-    (tmp_path / "x.bin").write_bytes(b"short")
-    failed = subprocess.run([runner, "run", KEPT, *words], capture_output=True, text=True)
-    assert failed.returncode == 2 and "768 are expected" in failed.stderr
-
-
-@needs_avx2
-@pytest.mark.parametrize("required", [None, PUBLIC], ids=["unsigned", "signed"])
-def test_the_cpp_runner_refuses_the_same(runner: Path, required: Path | None) -> None:
-    _, wrong = mutations.compare(KEPT, COUNT // 2, 1000, required, runner)
-    assert wrong == []

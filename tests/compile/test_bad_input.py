@@ -7,7 +7,6 @@ import errno
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_job import SharedWorker, quantize_tiny, tiny
+from tiny_job import quantize_tiny, tiny
 from torch import Tensor, nn
 
 import hwmpq
-from hwmpq import artifact, pipeline, targets, toolchain
+from hwmpq import artifact, targets, toolchain
 from hwmpq.artifact import folder as artifact_folder
 from hwmpq.errors import (
     HwmpqError,
@@ -32,7 +31,6 @@ from hwmpq.errors import (
 from hwmpq.measure import exchange
 from hwmpq.measure.store import Store
 from hwmpq.pipeline import Options, Result, quantize_model
-from hwmpq.stages import latency
 from hwmpq.stages import place as place_stage
 from hwmpq.stages import result as result_stage
 
@@ -215,17 +213,7 @@ def test_data(place: Place, arrays: dict[str, Any], text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[None]:
-    shared = SharedWorker()
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (pipeline, latency):
-            patch.setattr(module, "WorkerProcess", shared)
-        yield
-    shared.worker.close()
-
-
-@pytest.fixture(scope="module")
-def done(worker: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def done(shared_worker: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A finished run's store, and the run."""
     folder = tmp_path_factory.mktemp("done")
     store = folder / "store.sqlite"
@@ -279,7 +267,7 @@ def test_disk_full_while_the_result_is_saved(
 
 
 def test_disk_full_while_a_time_is_saved(
-    place: Place, worker: None, monkeypatch: pytest.MonkeyPatch
+    place: Place, shared_worker: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exchange, "content", full)
     words: dict[str, Any] = {"store": place.store, "out": place.out}

@@ -49,7 +49,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     x = load_images(job).calib.batch(range(32))
     quantizers = calibrate(job.graph, [torch.from_numpy(x)], ["fp32", "w8a8"])
     assignment = {name: "fp32" for name in job.network.names} | {"conv2": "w8a8"}
-    make_artifact(job, assignment, quantizers, folder / "artifact", x[:4])
+    make_artifact(job, assignment, quantizers, folder / "artifact", {job.graph.inputs[0]: x[:4]})
     job.store.close()
     return folder / "artifact"
 
@@ -171,7 +171,7 @@ def test_damage_is_found_before_loading(
 
 
 def test_bench(cli: Run, artifact: Path) -> None:
-    code, out, err = cli("bench", artifact, "--rounds", 7, "--json")
+    code, out, err = cli("bench", artifact, "--rounds", 7, "--sustain", "0.4s", "--json")
     assert code == 0, err
     told = json.loads(out)
     times = told["latency_s"]
@@ -182,6 +182,9 @@ def test_bench(cli: Run, artifact: Path) -> None:
     assert told["threads"] == 1 and told["target"] and "noisy" in told["quality"]
     assert set(told["start_up_s"]) == {"import_tvm", "load", "first_call"}
     assert min(told["start_up_s"].values()) > 0, told["start_up_s"]
+    first, last = told["sustained"]
+    assert first["begin_s"] < 0.2 <= last["begin_s"] and first["latency_s"]["samples"] >= 10
+    assert {"begin_s", "latency_s", "temperature_c"} == set(last) and len(err.splitlines()) == 2
 
 
 @only_all

@@ -15,21 +15,22 @@ from hwmpq.kernels import glue as glue_kernels
 from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.measure import CellTiming
 from hwmpq.methods.study import Chosen
-from hwmpq.methods.trials import Trial, candidates
+from hwmpq.methods.trials import Trial, candidates, confirmed
 from hwmpq.pipeline import Options
 from hwmpq.search import solve
 from hwmpq.stages import latency
 from hwmpq.stages.bench import Clock
 from hwmpq.stages.choose import fastest_within_drop, refined, walk_frontier, within
 from hwmpq.stages.facts import calibrate
+from hwmpq.stages.fit import ADDITIVE, LEAST_RESIDUAL, Whole, fit_prices, fitted
 from hwmpq.stages.ground import Ground, measured
 from hwmpq.stages.job import Images, Job, Silent, load_images, open_job
 from hwmpq.stages.latency import LatencyFacts, glue_fact, glue_seconds
 from hwmpq.stages.menu import Menu, make_menu
-from hwmpq.stages.pricing import LEAST_RESIDUAL, fitted, price
+from hwmpq.stages.pricing import price, table
 from hwmpq.stages.verify import LOOK, Jury, float_logits, simulated_drop
-from hwmpq.stages.walks import schedules
-from hwmpq.types import Measurement, Problem, Sensitivity
+from hwmpq.stages.walks import calling, schedule_of, schedules
+from hwmpq.types import Assignment, Measurement, Problem, Sensitivity
 
 FORMATS = ("fp32", "w8a8", "w4a8")
 
@@ -123,6 +124,32 @@ def test_the_least_loss_within_the_limit_wins_else_the_fastest() -> None:
     assert min([later, late], key=Trial.order) is late
 
 
+def test_the_best_trials_are_confirmed_by_a_timing_of_their_own() -> None:
+    def attempt(name: str, met: bool, seconds: float) -> Any:
+        own = SimpleNamespace(latency_s=seconds)
+        return SimpleNamespace(made=name, within_limit=met, own=own, limit_s=2.0)
+
+    lucky, sound, bad, far = (
+        Trial(None, attempt(name, met, seconds), loss)  # type: ignore[arg-type]
+        for name, met, seconds, loss in (
+            ("lucky", True, 2.0, 0.1), ("sound", True, 1.9, 0.2), ("bad", True, 1.0, 0.9),
+            ("far", False, 3.0, 0.0),
+        )
+    )  # fmt: skip
+    asked: list[str] = []
+
+    class Run:
+        def again(self, attempts: Any) -> list[Any]:
+            asked.extend(a.made for a in attempts)
+            return [attempt(a.made, a.made != "lucky", 1.95) for a in attempts]
+
+    found = confirmed(Run(), [far, bad, lucky, sound])  # type: ignore[arg-type]
+    assert asked == ["lucky", "sound", "bad"]
+    assert found.loss == 0.2 and found.attempt.own.latency_s == 1.95
+    unlimited = Trial(None, SimpleNamespace(within_limit=True, limit_s=None), 0.3)  # type: ignore[arg-type]
+    assert confirmed(None, [unlimited]) is unlimited  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Images, Menu]]:
     store = tmp_path_factory.mktemp("loop") / "store.sqlite"
@@ -151,17 +178,58 @@ def test_the_jury_sees_only_as_many_images_as_it_needs(opened: tuple[Job, Images
     assert whole.drop == pytest.approx(truth)
 
 
+def facts_of(job: Job, menu: Menu, seconds: dict[tuple[str, str], float]) -> LatencyFacts:
+    """Cells that are predicted, 1e-5 s where nothing else is said; glue for nothing."""
+    cells = {}
+    for layer in job.network.layers:
+        for fmt in menu.kernels[layer.name]:
+            own = seconds.get((layer.name, fmt), 1e-5)
+            cells[layer.workload.key, fmt] = Measurement(
+                f"predicted|{layer.name}|{fmt}", layer.workload, fmt, "k", 1, (own,),
+                source="predicted", quality={"interval": [own / 2, 2 * own], "upper": 1.5 * own},
+            )  # fmt: skip
+    calls = [step.call for walk in schedules(job, menu) for step in walk.steps]
+    return LatencyFacts(cells, {glue_kernels.key(c): 0.0 for c in calls if isinstance(c, GlueCall)})
+
+
+def test_steps_are_priced_inside_artifacts_where_the_sum_of_the_cells_is_not_the_time(
+    opened: tuple[Job, Images, Menu],
+) -> None:
+    job, _, menu = opened
+    names, rng = job.network.names, np.random.default_rng(2)
+    cells = {(n, f): float(rng.uniform(1e-5, 9e-5)) for n in names for f in FORMATS}
+    facts = facts_of(job, menu, cells)
+
+    def whole(plan: Assignment, true: dict[tuple[str, str], float]) -> Whole:
+        """Its calls took 1.1 times as long while they were timed one by one."""
+        places = [(s.node.name, isinstance(s.call, GlueCall))
+                  for s in calling(schedule_of(job, plan))]  # fmt: skip
+        seconds = [1e-7 if glue else true[name, plan[name]] for name, glue in places]
+        return Whole(plan, sum(seconds), tuple(1.1 * s for s in seconds))
+
+    plans = [{n: str(rng.choice(FORMATS)) for n in names} for _ in range(9)]
+    true = {key: float(rng.uniform(0.4, 2)) * seconds for key, seconds in cells.items()}
+    found = fit_prices(job, facts, [whole(plan, true) for plan in plans])
+    assert found.inside and found.residual < 0.5
+    other = {n: str(rng.choice([plan[n] for plan in plans])) for n in names}
+    assert other not in plans
+    assert price(job, other, found) == pytest.approx(whole(other, true).seconds, rel=0.01)
+    seconds = table(job, menu, found).latency_s[1]
+    fmt = plans[0][names[1]]
+    assert seconds[menu.formats.index(fmt)] == pytest.approx(true[names[1], fmt])
+    wanting = {f for f in FORMATS if all(plan[names[1]] != f for plan in plans)}
+    assert not wanting
+    # one speed explains these, and is all there is to say
+    even = {key: 1.3 * seconds for key, seconds in cells.items()}
+    told = fit_prices(job, facts, [whole(plan, even) for plan in plans])
+    assert told.speed == pytest.approx(1.3, rel=0.05) and not told.inside
+    assert told.residual < ADDITIVE
+
+
 def test_predicted_cells_of_a_plan_are_timed_first(
     opened: tuple[Job, Images, Menu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _, menu = opened
-    cells = {
-        (layer.workload.key, fmt): Measurement(
-            f"predicted|{layer.name}|{fmt}", layer.workload, fmt, "k", 1, (1e-5,),
-            source="predicted", quality={"interval": [5e-6, 2e-5], "upper": 1.5e-5},
-        )
-        for layer in job.network.layers for fmt in menu.kernels[layer.name]
-    }  # fmt: skip
     asked: list[tuple[str, str]] = []
 
     class Made:
@@ -177,13 +245,11 @@ def test_predicted_cells_of_a_plan_are_timed_first(
         yield Made()
 
     monkeypatch.setattr(latency, "_bench", bench)
-    calls = [step.call for walk in schedules(job, menu) for step in walk.steps]
-    glue = {glue_kernels.key(c): 0.0 for c in calls if isinstance(c, GlueCall)}
-    facts = LatencyFacts(cells, glue)
+    facts = facts_of(job, menu, {})
     wide, plan = (dict.fromkeys(job.network.names, fmt) for fmt in ("fp32", "w8a8"))
     loss = Sensitivity(job.network.names, menu.formats, np.zeros(menu.legal.shape), "x", 1)
     run = SimpleNamespace(job=job, clock=Clock(), facts=SimpleNamespace(menu=menu, loss=loss))
-    before = Ground({}, facts, problem(), ((wide, 6 * 2e-5),))
+    before = Ground({}, facts, problem(), (Whole(wide, 6 * 2e-5, ()),))
     after = measured(run, before, [plan])  # type: ignore[arg-type]
     assert after is not None and after.timed == before.timed
     assert set(asked) == {(la.workload.key, "w8a8") for la in job.network.layers}

@@ -147,33 +147,34 @@ def test_float_everywhere_equals_torch_when_nothing_is_lowered_by_us(case: Case)
     np.testing.assert_allclose(found.numpy(), case.model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "between",
-    [
-        ("CanonicalizeBindings",), ("FoldConstant",), ("DeadCodeElimination",),
-        ("EliminateCommonSubexpr",), ("Normalize", "ToNonDataflow"),
-        ("FoldConstant", "CanonicalizeBindings", "DeadCodeElimination"),
-    ],
-    ids="+".join,
-)  # fmt: skip
-def test_names_survive_other_passes(case: Case, between: tuple[str, ...]) -> None:
-    """The passes stand in one Sequential with TVM's own, before and between."""
-    assignment = case.uniform("w8a8")
+def lowered_among(case: Case, between: tuple[str, ...]) -> tuple[Any, Any]:
+    """The network in w8a8 and its parameters, with TVM's own passes before and between ours."""
     others = [getattr(relax.transform, name)() for name in between]
-    passes = Sequential(
-        [
-            *others,
-            lower.assign_formats(assignment),
-            *others,
-            lower.lower_annotated(case.quantizers, TARGET),
-        ]
-    )
-    after = Sequential(others)(case.module)
+    formats = lower.assign_formats(case.uniform("w8a8"))
+    lowering = lower.lower_annotated(case.quantizers, TARGET)
+    return lower.lift_parameters(Sequential([*others, formats, *others, lowering])(case.module))
+
+
+@pytest.mark.parametrize("other", [
+    "CanonicalizeBindings", "FoldConstant", "DeadCodeElimination", "EliminateCommonSubexpr",
+    "Normalize", "ToNonDataflow",
+])  # fmt: skip
+def test_names_survive_other_passes(case: Case, other: str) -> None:
+    after = getattr(relax.transform, other)()(case.module)
     assert [n.name for n in read(after).graph.nodes] == [n.name for n in case.graph.nodes]
-    lowered, parameters = lower.lift_parameters(passes(case.module))
+    _, parameters = lowered_among(case, (other,))
+    plain = case.built("w8a8").parameters
+    assert list(parameters) == list(plain)
+    assert all(np.array_equal(parameters[n], plain[n]) for n in parameters)
+
+
+@pytest.mark.parametrize("between", [
+    ("FoldConstant", "EliminateCommonSubexpr", "CanonicalizeBindings", "DeadCodeElimination"),
+    ("Normalize", "ToNonDataflow"),
+], ids="+".join)  # fmt: skip
+def test_other_passes_do_not_change_the_network(case: Case, between: tuple[str, ...]) -> None:
+    lowered, parameters = lowered_among(case, between)
     plain = case.built("w8a8")
-    assert list(parameters) == list(plain.parameters)
-    assert all(np.array_equal(parameters[n], plain.parameters[n]) for n in parameters)
     executable, peak = lower.compile_module(lowered, TARGET)
     built = lower.Built(executable, parameters, lowered, plain.calls, peak)
     x = case.images[:1].numpy()
@@ -428,12 +429,8 @@ def test_errors_keep_their_type_in_a_sequential(case: Case) -> None:
     passes = Sequential([lower.assign_formats(dict.fromkeys(case.uniform("fp32"), "fp23"))])
     with pytest.raises(InputError, match=r"unknown format: got 'fp23'.*Nearest: fp32"):
         passes(case.module)
-    passes = Sequential(
-        [
-            lower.assign_formats(case.uniform("w8a8")),
-            lower.lower_annotated(Quantizers(), TARGET),
-        ]
-    )
+    lowering = lower.lower_annotated(Quantizers(), TARGET)
+    passes = Sequential([lower.assign_formats(case.uniform("w8a8")), lowering])
     with pytest.raises(InputError, match="has no quantizer for u8"):
         passes(case.module)
 

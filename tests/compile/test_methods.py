@@ -20,7 +20,7 @@ from hwmpq.formats import format_named
 from hwmpq.measure.store import Store
 from hwmpq.methods import lcpaq, proxy
 from hwmpq.methods.nearby import neighbours
-from hwmpq.methods.study import Study
+from hwmpq.methods.study import Judged, Setting, Study
 from hwmpq.search import solve
 from hwmpq.search.evaluate import choice_of, evaluate, index_of, within
 from hwmpq.stages.choose import make_problem
@@ -241,6 +241,13 @@ def test_of_equal_cells_one_is_kept(job: Job, facts: Facts) -> None:
         legal=np.ones(same.shape, bool), budgets={},
     )  # fmt: skip
     assert (lcpaq.undominated(equal).sum(1) == 1).all()
+
+
+def test_settings_given_up_early_compare_with_the_others() -> None:
+    """By what the default does on the same images, whichever those are."""
+    other = Setting("minmax")
+    found = {Setting(): [Judged(2.0, 16, 0.1), Judged(4.0, 16, 0.1)], other: [Judged(1.0, 16, 0.1)]}
+    assert proxy.relative(found) == {Setting(): 1.0, other: 0.5}
 
 
 class Stopped(Exception):

@@ -90,10 +90,10 @@ def test_tensors_lie_where_they_lay(folder: Path) -> None:
             places[-1].append(args[-1].numpy().ctypes.data)
         return 0
 
-    machine = loaded._machine()
+    program, inputs = loaded._prepared([torch.zeros(1, 1, 16, 16).numpy()])
+    machine = program.machine()
     machine.set_instrument(after)
-    machine.set_input("main", *loaded._checked([torch.zeros(1, 1, 16, 16).numpy()]),
-                      *loaded._parameters)  # fmt: skip
+    machine.set_input("main", *inputs, *program.parameters)
     for _ in range(5):
         places.append([])
         machine.invoke_stateful("main")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_job import SharedWorker
 from torch import nn
 
 from hwmpq import side_jobs
@@ -32,6 +30,7 @@ from hwmpq.stages.schedule import (
 )
 from hwmpq.types import Measurement, Workload
 
+pytestmark = pytest.mark.usefixtures("shared_worker")
 FORMATS = ("fp32", "w8a8")
 LINEAR = Workload.make("linear", "bias", m=12, k=64, n=32)
 
@@ -60,14 +59,6 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
         f"{__name__}:two", input_shape=(1, 1, 16, 16), target="x86-avx2", formats=FORMATS,
         calib_data="digits#train", store=str(store), calib=16, tune=3,
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_worker() -> Iterator[None]:
-    worker = SharedWorker()
-    with pytest.MonkeyPatch.context() as patch, worker.worker:
-        patch.setattr(latency, "WorkerProcess", worker)
-        yield
 
 
 @pytest.fixture(scope="module")

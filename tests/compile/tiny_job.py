@@ -1,11 +1,12 @@
-"""A network small enough to be quantized in seconds, and ways to stop and to speed up a run.
+"""A network small enough to be quantized in seconds, and a way to stop a run.
 
-As a program (`python tiny_job.py STORE OUT STAGE ITEM`): quantizes it, and stands still at the
-given item of the given stage until it is killed.
+As a program (`python tiny_job.py STORE OUT`): quantizes it again and again, each time standing
+still at an item of a stage until it is killed.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 import hwmpq
 from hwmpq.pipeline import Result
+
+FORMATS = ["fp32", "w8a8", "w4a8"]
 
 
 class Tiny(nn.Module):
@@ -46,7 +49,7 @@ def quantize_tiny(**more: Any) -> Result:
 
 
 class Halt:
-    """Progress that says 'here' at an item of a stage, and waits there for its end."""
+    """Progress that says its process's number at an item of a stage, and waits there."""
 
     def __init__(self, stage: str, item: int):
         self.at, self.item = stage, item
@@ -69,38 +72,24 @@ class Halt:
         pass
 
     def wait(self) -> None:
-        print("here", flush=True)
+        print(os.getpid(), flush=True)
         time.sleep(600)
 
 
-class SharedWorker:
-    """Stands for `WorkerProcess`, so that the runs of a test file start TVM once in a worker."""
+def main(store: str, out: str) -> None:
+    """For each line STAGE:ITEM: a run in a fork, so that what is slow is loaded once."""
+    import tvm  # noqa: F401
 
-    def __init__(self) -> None:
-        from hwmpq.measure import WorkerProcess
-
-        self.worker = WorkerProcess(threads=1)
-
-    def __call__(self, prefix: Any = (), *, threads: int = 1) -> SharedWorker:
-        assert threads == 1 and not prefix
-        return self
-
-    def __enter__(self) -> Any:
-        return self.worker
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def main(store: str, out: str, stage: str, item: str) -> None:
-    hwmpq.trace(tiny(), (torch.zeros(1, 1, 16, 16),))  # loads what is slow before the start
-    input()
-    formats = ["fp32", "w8a8", "w4a8"]
-    quantize_tiny(store=store, out=out, formats=formats, progress=Halt(stage, int(item)))
-    print("finished", flush=True)
+    hwmpq.trace(tiny(), (torch.zeros(1, 1, 16, 16),))
+    for line in sys.stdin:
+        stage, item = line.split(":")
+        pid = os.fork()
+        if pid == 0:
+            progress = Halt(stage, int(item))
+            quantize_tiny(store=store, out=out, formats=FORMATS, progress=progress)
+            os._exit(0)
+        print(f"ended by {os.waitpid(pid, 0)[1]}", flush=True)
 
 
 if __name__ == "__main__":
-    from hwmpq import pipeline  # noqa: F401  (all that is slow is loaded before the start is given)
-
     main(*sys.argv[1:])

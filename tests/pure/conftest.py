@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the tests, started once per session where PostgreSQL is installed."""
+"""A new store in each database. PostgreSQL, where it is installed, is started once per session."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hwmpq.measure.store import Store
 
 
 def programs() -> Path | None:
@@ -94,3 +96,26 @@ def new_server() -> Iterator[Callable[[], Server]]:
 def postgres(new_server: Callable[[], Server]) -> Server:
     """The server that the tests share; each takes a database of its own."""
     return new_server()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "store.sqlite"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, path: Path) -> Iterator[str]:
+    """Address of a new store."""
+    if request.param == "sqlite":
+        yield str(path)
+        return
+    server = request.getfixturevalue("postgres")
+    url = server.database()
+    yield url
+    server.drop(url)
+
+
+@pytest.fixture
+def store(place: str) -> Iterator[Store]:
+    with Store.open(place) as opened:
+        yield opened

@@ -14,12 +14,13 @@ import pytest
 
 import hwmpq.cli
 from hwmpq import targets
-from hwmpq.cli import options, output
+from hwmpq.cli import durations, options, output
 from hwmpq.cli.output import Answer, perform
 from hwmpq.errors import DeviceError, InfeasibleError, InputError, InternalError
 
 COMMANDS = [
     *("quantize", "frontier", "inspect", "sensitivity", "profile", "search", "solve", "compile"),
+    "export",
     "finetune",
     *("run", "bench", "verify", "targets", "doctor", "report"),
     *("devices", "devices setup", "devices serve", "devices tracker"),
@@ -388,13 +389,13 @@ def test_lost_store_is_exit_7(cli: Any, tmp_path: Path) -> None:
     ("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("10m", 600), ("2 h", 7200), (None, None)]
 )
 def test_durations(text: str | None, seconds: float | None) -> None:
-    assert options.duration(text) == seconds
+    assert durations.duration(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-3", "0", "5 days"])
 def test_bad_durations(text: str) -> None:
     with pytest.raises(InputError, match="a time"):
-        options.duration(text)
+        durations.duration(text)
 
 
 def test_shapes_and_words() -> None:

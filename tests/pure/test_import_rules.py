@@ -72,7 +72,10 @@ RULES = {
     "executor": Rule(COMMON, inside=words("ray")),
     "zoo": Rule(COMMON, heavy=words("torch")),
     "kernels": Rule(COMMON | NUMBERS | {"targets"}, inside=words("tvm tvm_ffi")),
-    "frontend": Rule(KERNELS | {"zoo"}, heavy=words("torch tvm"), inside=words("onnx")),
+    "frontend": Rule(
+        KERNELS | words("zoo lower.annotations lower.moved"),
+        heavy=words("torch tvm"), inside=words("onnx"),
+    ),
     "quantize": Rule(KERNELS, heavy=words("torch scipy")),
     "sensitivity": Rule(KERNELS | {"quantize"}, heavy=words("torch scipy")),
     "measure": Rule(
@@ -84,7 +87,7 @@ RULES = {
         FOUNDATION | {"tensors"}, heavy=words("tvm tvm_ffi"), inside=words("cryptography")
     ),
     "lower": Rule(KERNELS | {"artifact"}, heavy=words("tvm tvm_ffi")),
-    "export": Rule(KERNELS, inside=words("torch onnx")),
+    "export": Rule(KERNELS, inside=words("torch onnx openvino")),
     # programs to be timed beside ours; the worker finds them by name, so measure needs no edge
     "peers": Rule(
         FOUNDATION | words("frontend export"), inside=words("torch onnx onnxruntime openvino")

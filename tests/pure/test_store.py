@@ -1,5 +1,5 @@
 """The store in SQLite and in PostgreSQL: generations, concurrency, sudden death, lost and full
-disks and servers, moving rows, migrations, passwords."""
+disks and servers, migrations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,24 +18,14 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from stores import SAMPLE, execute, generations
 
-import hwmpq.cli
-from hwmpq.errors import InputError, StoreError, UnknownName
-from hwmpq.measure import address, engine, environment, schema
+from hwmpq.errors import StoreError
+from hwmpq.measure import engine, environment, schema
 from hwmpq.measure.address import Address
 from hwmpq.measure.store import Store
-from hwmpq.types import Measurement, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = Measurement(
-    key="k0",
-    workload=Workload.make("linear", "bias+relu", m=1, k=64, n=10),
-    format="w8a8",
-    kernel="gemm",
-    threads=1,
-    samples_s=(1.25e-6, 1.5e-6, 1 / 3e6),
-    quality={"steal": 0.0, "rounds": [0, 1, 2]},
-)
 
 WRITER = """
 import sys
@@ -52,43 +41,10 @@ for i in range(int(sys.argv[3])):
 """
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "deep" / "store.sqlite"
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def place(request: pytest.FixtureRequest, path: Path) -> Iterator[str]:
-    """Address of a new store."""
-    if request.param == "sqlite":
-        yield str(path)
-        return
-    server = request.getfixturevalue("postgres")
-    url = server.database()
-    yield url
-    server.drop(url)
-
-
-@pytest.fixture
-def store(place: str) -> Iterator[Store]:
-    with Store.open(place) as opened:
-        yield opened
-
-
 def writer(place: str, name: str, rows: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WRITER, place, name, str(rows)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-
-
-def execute(place: str, *statements: str) -> list[tuple[object, ...]]:
-    """Run SQL past the store; the rows of the last statement."""
-    plain = sa.create_engine(Address.of(place).url)
-    with plain.begin() as connection:
-        results = [connection.exec_driver_sql(text) for text in statements]
-        rows = [tuple(row) for row in results[-1]] if results[-1].returns_rows else []
-    plain.dispose()
-    return rows
 
 
 @contextlib.contextmanager
@@ -98,12 +54,6 @@ def holding(place: str) -> Iterator[None]:
     with other.begin():
         yield
     other.dispose()
-
-
-def generations(place: str, table: str = "measurements") -> int:
-    ((count,),) = execute(place, f"select count(*) from {table}")
-    assert isinstance(count, int)
-    return count
 
 
 def test_round_trip(store: Store) -> None:
@@ -176,18 +126,6 @@ def test_a_clock_set_back_does_not_hide_the_newer_row(
     newer = replace(SAMPLE, samples_s=(9e-6,))
     store.put(newer)
     assert store.measurement("k0") == newer
-
-
-def test_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HWMPQ_STORE", str(tmp_path / "mine.sqlite"))
-    Store.open().close()
-    assert (tmp_path / "mine.sqlite").exists()
-    monkeypatch.delenv("HWMPQ_STORE")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    Store.open(None).close()
-    assert (tmp_path / "hwmpq" / "store.sqlite").exists()
-    Store.open(f"sqlite:///{tmp_path}/url.sqlite").close()
-    assert (tmp_path / "url.sqlite").exists()
 
 
 def test_two_writers_at_once(store: Store, place: str) -> None:
@@ -352,100 +290,6 @@ def test_another_programs_database(place: str, path: Path) -> None:
         Store.open(place)
 
 
-@pytest.mark.parametrize(
-    ("url", "error"),
-    [
-        ("nosuchdatabase://me:secret@host/db", InputError),
-        ("postgresql+psycopg://me:secret@host:port/db", InputError),
-        ("postgresql://me:sec@ret@host/db", InputError),
-        ("postgres://me:sec:ret@host:secret/db", InputError),
-        ("postgresql+psycopg://me:secret@/db?host={folder}", StoreError),
-        ("postgresql+psycopg://me@/db?host={folder}&password=secret", StoreError),
-    ],
-)
-def test_a_password_is_never_shown(
-    url: str, error: type[Exception], tmp_path: Path, capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setenv("HWMPQ_DEBUG", "1")
-    url = url.replace("{folder}", str(tmp_path))
-    with pytest.raises(error) as caught:
-        Store.open(url)
-    told = "".join(traceback.format_exception(caught.value))
-    for as_json in ([], ["--json"]):
-        for job in ("ls", "path", "merge"):
-            line = ["store", job, *([url, url] if job == "merge" else ["--store", url])]
-            hwmpq.cli.main([*line, *as_json])
-    told += "".join(capfd.readouterr())
-    assert "sec" not in told.replace("second", "")
-    if error is StoreError:
-        found = Address.of(url)
-        assert "secret" not in repr(found) + str(found) and "me" in str(found)
-
-
-def test_addresses(tmp_path: Path) -> None:
-    for text in ("sqlite://", "sqlite:///:memory:"):
-        with pytest.raises(InputError, match="kept nowhere"):
-            Address.of(text)
-    assert Address.of(f"sqlite:///{tmp_path}/a.db").file == tmp_path / "a.db"
-    assert Address.of(tmp_path / "a.db").file == tmp_path / "a.db"
-    for text in ("postgres://h/d", "postgresql://h/d", "postgresql+psycopg://h/d"):
-        assert str(Address.of(text)) == "postgresql+psycopg://h/d"
-    with pytest.raises(InputError):
-        Address.of("postgresql://h")
-
-
-def test_without_psycopg(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(InputError, match=r"needs psycopg.*pip install 'hwmpq\[postgres\]'"):
-        Store.open("postgresql+psycopg://h/d")
-
-
-MOUNTS = """\
-1 0 8:1 / / rw,relatime shared:1 - ext4 /dev/vda rw
-2 1 0:40 / /home rw - nfs4 server:/home rw
-3 2 8:2 / /home/me/disk rw - xfs /dev/vdb rw
-4 1 0:41 / /mnt/with\\040blank rw - cifs //server/share rw
-5 1 0:42 / /ssh rw - fuse.sshfs me@host: rw
-6 1 0:43 / /layers rw - fuse.fuse-overlayfs fuse-overlayfs rw
-7 1 0:44 / /twice rw - nfs server:/x rw
-8 1 8:3 / /twice rw - ext4 /dev/vdc rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("folder", "kind"),
-    [
-        ("/data", None),
-        ("/home/me", "nfs4"),
-        ("/home/me/disk", None),
-        ("/homer", None),
-        ("/mnt/with blank/x", "cifs"),
-        ("/ssh", "fuse.sshfs"),
-        ("/layers", None),
-        ("/twice", None),
-    ],
-)
-def test_network_file_systems(
-    folder: str, kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS)
-    monkeypatch.setattr(address, "_MOUNTS", mounts)
-    assert address.network_file_system(Path(folder) / "store.sqlite") == kind
-
-
-def test_a_store_on_a_network_file_system_is_refused(
-    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mounts = tmp_path / "mountinfo"
-    mounts.write_text(f"{MOUNTS}9 1 0:45 / {tmp_path} rw - nfs4 server:/y rw\n")
-    monkeypatch.setattr(address, "_MOUNTS", mounts)
-    with pytest.raises(StoreError, match="nfs4; allowed: a file on a disk of this machine"):
-        Store.open(path)
-    assert not path.parent.exists()
-
-
 def test_full_disk(path: Path) -> None:
     with Store.open(path) as store:
         store.put(SAMPLE)
@@ -515,166 +359,6 @@ def test_locked_store(store: Store, place: str, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(StoreError, match=r"(locked|lock timeout).*Another process"):
             Store.open(place)
         assert store.fact("s", "k") is None  # readers are not kept out
-
-
-def fill(store: Store) -> None:
-    store.put(SAMPLE, target="t", fingerprint="f", toolchain={"tvm": "1"}, origin="board")
-    store.put(replace(SAMPLE, samples_s=(0.1 + 0.2,)))
-    store.put(replace(SAMPLE, key="k1", samples_s=(), error='ü\r\n",\x00\udc80'))
-    store.put_fact("s", "blob", bytes(range(256)))
-    store.put_fact("s", "empty", b"", origin="board")
-    store.put_fact("s", "long", "x" * 200_000)
-    store.put_fact("s", "nan", [math.nan])
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_export_and_import_are_lossless(store: Store, tmp_path: Path, suffix: str) -> None:
-    fill(store)
-    first, second = tmp_path / f"1{suffix}", tmp_path / f"2{suffix}"
-    assert store.export_file(first) == 7
-    with Store.open(tmp_path / "copy.sqlite") as copy:
-        assert copy.import_file(first) == 7
-        assert copy.import_file(first) == 0
-        copy.export_file(second)
-        assert first.read_bytes() == second.read_bytes()
-        assert copy.rows() == store.rows() and copy.origins() == store.origins()
-        assert copy.measurements()[0].samples_s == (0.1 + 0.2,)
-        assert copy.fact("s", "blob") == bytes(range(256)) and copy.fact("s", "empty") == b""
-        assert len(copy.fact("s", "long")) == 200_000
-
-
-def test_merge_is_lossless_and_idempotent(store: Store, tmp_path: Path) -> None:
-    fill(store)
-    newer = replace(SAMPLE, samples_s=(5e-6,))
-    with Store.open(tmp_path / "b.sqlite") as other:
-        other.put(newer)
-        other.put_fact("s", "nan", [1.0])
-        assert store.merge(other) == 2
-        assert store.merge(other) == 0
-        assert store.merge(store) == 0
-        assert store.measurement("k0") == newer and store.fact("s", "nan") == [1.0]
-        assert other.merge(store) == 7
-        assert other.merge(store) == 0
-        assert {r.measurement.key: r for r in other.rows()}.keys() == {"k0", "k1"}
-        assert sorted(other.origins(), key=str) == sorted(store.origins(), key=str)
-        for name in ("a", "b"):
-            (store if name == "a" else other).export_file(tmp_path / f"{name}.jsonl")
-        with Store.open(tmp_path / "c.sqlite") as both:
-            assert both.import_file(tmp_path / "a.jsonl") == 9
-            assert both.import_file(tmp_path / "b.jsonl") == 0
-
-
-def test_import_does_not_hide_newer_rows(store: Store, place: str, tmp_path: Path) -> None:
-    older, newer = SAMPLE, replace(SAMPLE, samples_s=(7e-6,))
-    with Store.open(tmp_path / "old.sqlite") as old:
-        old.put(older)
-        store.put(newer)
-        assert store.merge(old) == 1
-    assert store.measurement("k0") == newer and generations(place) == 2
-
-
-def test_imports_are_listed_and_removed_as_one(store: Store) -> None:
-    theirs = replace(SAMPLE, samples_s=(3e-6,), source="imported")
-    store.put(SAMPLE)
-    store.put(theirs, origin="board-7")
-    store.put(replace(theirs, key="k9"), origin="board-7")
-    store.put_fact("glue", "g", 1.0, origin="board-7")
-    store.put_fact("glue", "g", 2.0, origin="board-8")
-    assert [(o.name, o.measurements, o.facts) for o in store.origins()] == [
-        ("board-7", 2, 1), ("board-8", 0, 1), ("local", 1, 0),
-    ]  # fmt: skip
-    assert store.measurement("k0") == theirs
-    assert store.remove_origin("board-7") == 3
-    assert store.measurements() == [SAMPLE] and store.fact("glue", "g") == 2.0
-    for name in ("board-7", "local"):
-        with pytest.raises(UnknownName, match="board-8"):
-            store.remove_origin(name)
-
-
-def test_the_same_value_made_here_stays_when_an_import_goes(store: Store) -> None:
-    store.put(SAMPLE, origin="board-7")
-    store.put(SAMPLE)
-    store.remove_origin("board-7")
-    assert store.measurement("k0") == SAMPLE
-
-
-def test_dropped_rows_are_in_a_file(store: Store, place: str, tmp_path: Path) -> None:
-    fill(store)
-    items = store.replaced() + store.failed()
-    assert [(name, row["key"], row["generation"]) for name, row in items] == [
-        ("measurements", "k0", 1), ("measurements", "k1", 1),
-    ]  # fmt: skip
-    with pytest.raises(InputError, match=r"NAME\.jsonl"):
-        store.drop(items, tmp_path / "x.txt")
-    with pytest.raises(StoreError, match="No such file"):
-        store.drop(items, tmp_path / "missing" / "x.jsonl")
-    assert generations(place) == 3
-    store.drop(items, tmp_path / "x.jsonl")
-    assert generations(place) == 1 and not store.replaced() and not store.failed()
-    assert store.import_file(tmp_path / "x.jsonl") == 2 and generations(place) == 3
-
-
-HEAD = '{"hwmpq_store": 1}\n'
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("x.jsonl", "", "an empty file"),
-        ("x.jsonl", "{}\n", "version 1"),
-        ("x.jsonl", "[1]\n", "a file of `store export`"),
-        ("x.jsonl", "nonsense\n", "a file of `store export`"),
-        ("x.jsonl", '{"hwmpq_store": 9}\n', "version 1 to 2"),
-        ("x.jsonl", HEAD + '{"table": "users"}\n', "columns of a table"),
-        ("x.csv", "", "hwmpq_store"),
-        ("x.csv", "a,b\n1,2\n", "hwmpq_store"),
-        ("x.csv", "hwmpq_store,table\n9,facts\n", "version 1 to 2"),
-        ("x.csv", "hwmpq_store,table\n2,facts\n", "columns of a table"),
-        ("x.parquet", "nonsense", "a Parquet file"),
-        ("x.txt", "", r"NAME\.parquet"),
-    ],
-)
-def test_import_refuses(path: Path, tmp_path: Path, name: str, text: str, words: str) -> None:
-    (tmp_path / name).write_text(text)
-    with Store.open(path) as store, pytest.raises(InputError, match=words):
-        store.import_file(tmp_path / name)
-
-
-def test_import_is_all_or_none(store: Store, tmp_path: Path) -> None:
-    file = tmp_path / "x.jsonl"
-    with Store.open(tmp_path / "other.sqlite") as other:
-        other.put(SAMPLE)
-        other.put(replace(SAMPLE, key="k1"))
-        other.export_file(file)
-    lines = file.read_text().splitlines()
-    for old, new, words in [
-        ("w8a8", "w4a8", "damaged row"),
-        ('"generation": 1', '"generation": 0', "damaged row"),
-        ('"generation": 1', '"generation": "1"', "generation"),
-    ]:
-        file.write_text("\n".join([*lines[:2], lines[2].replace(old, new)]))
-        with pytest.raises(InputError, match=words):
-            store.import_file(file)
-        assert store.measurements() == []
-    with pytest.raises(StoreError, match="No such file"):
-        store.import_file(tmp_path / "missing.jsonl")
-
-
-def test_a_file_of_version_1(store: Store, tmp_path: Path) -> None:
-    file = tmp_path / "x.jsonl"
-    with Store.open(tmp_path / "other.sqlite") as other:
-        other.put_fact("s", "k", 1)
-        other.export_file(file)
-    old = file.read_text().replace('"origin": "local", ', "").replace('store": 2', 'store": 1')
-    assert "origin" not in old
-    file.write_text(old)
-    assert store.import_file(file) == 1 and store.fact("s", "k") == 1
-
-
-def test_parquet_without_pyarrow(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with Store.open(path) as store, pytest.raises(InputError, match=r"hwmpq\[parquet\]"):
-        store.export_file(path.with_suffix(".parquet"))
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
