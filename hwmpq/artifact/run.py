@@ -30,9 +30,10 @@ def load(
 
     require_signature: the file of the public key that must have signed it, beside the one that
     HWMPQ_REQUIRE_SIGNATURE names. threads: another number than it was built for, if that is more
-    than one. Raises InputError when files were changed, added or taken away, the version is
-    unknown, the signature missing or wrong, this CPU lacks a feature, or Linux refuses one: always
-    before any native code of it is loaded.
+    than one; its loops are cut into as many parts as it was built for, so more stay idle. Raises
+    InputError when files were changed, added or taken away, the version is unknown, the signature
+    missing or wrong, this CPU lacks a feature, or Linux refuses one: always before any native code
+    of it is loaded.
     """
     contents = open_artifact(Path(path), signature.required(require_signature))
     target, built_for = contents.manifest["target"], contents.manifest["threads"]
