@@ -38,6 +38,18 @@ class Net(nn.Module):
         return self.fc(nn.functional.max_pool2d(self.conv2(x) + x, 4).flatten(1))
 
 
+class Two(nn.Module):
+    """Two inputs, two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, 1, 1), nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = torch.relu(self.conv(x)), self.fc(y)
+        return (x * y[:, :, None, None]).mean((2, 3)), y
+
+
 class Made:
     """A compiled net and what is needed to write it as an artifact."""
 

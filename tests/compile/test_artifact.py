@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_artifact import TARGET, Made, full
-from torch import nn
+from made_artifact import TARGET, Made, Two, full
 
 from hwmpq import artifact, lower, tensors
 from hwmpq.artifact import native
@@ -90,18 +89,6 @@ def test_saved_loaded_called(made: Made, kept: Path) -> None:
     inside = net.call_seconds()
     assert len(inside) == len(net.manifest["calls"]) and min(inside) > 0
     assert sorted(os.listdir(kept)) == sorted([*FILES, "manifest.json"])
-
-
-class Two(nn.Module):
-    """Two inputs, two outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 8, 3, 1, 1), nn.Linear(4, 8)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = torch.relu(self.conv(x)), self.fc(y)
-        return (x * y[:, :, None, None]).mean((2, 3)), y
 
 
 def test_several_inputs_and_outputs(made: Made, kept: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from made_artifact import Two
 
 from hwmpq import artifact, tensors
 from hwmpq.artifact.manifest import interface
@@ -102,18 +102,6 @@ def test_a_damaged_batch(
     path.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"batches|were changed|does not list"):
         artifact.load(path.parent)
-
-
-class Two(nn.Module):
-    """Two inputs, two outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 8, 3, 1, 1), nn.Linear(4, 8)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = torch.relu(self.conv(x)), self.fc(y)
-        return (x * y[:, :, None, None]).mean((2, 3)), y
 
 
 def test_several_inputs(tmp_path: Path) -> None:

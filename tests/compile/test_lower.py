@@ -16,6 +16,7 @@ from tvm.ir.transform import Sequential
 from hwmpq import lower, targets
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import format_named
+from hwmpq.frontend.relax_import import annotate
 from hwmpq.frontend.relax_module import relax_module
 from hwmpq.frontend.torch_export import trace
 from hwmpq.graph import Graph
@@ -435,9 +436,10 @@ def test_errors_keep_their_type_in_a_sequential(case: Case) -> None:
         passes(case.module)
 
 
-def test_a_module_without_main_or_with_open_shapes() -> None:
+@pytest.mark.parametrize("make", [lambda: lower.assign_formats({}), annotate])
+def test_a_module_without_main_or_with_open_shapes(make: Callable[[], Any]) -> None:
     with pytest.raises(InputError, match="Relax module without a function 'main'"):
-        lower.assign_formats({})(tvm.IRModule({}))
+        make()(tvm.IRModule({}))
     builder = relax.BlockBuilder()
     n = tvm.tirx.Var("n", "int64")
     x = relax.Var("x", relax.TensorType((n, 3), "float32"))
@@ -446,4 +448,4 @@ def test_a_module_without_main_or_with_open_shapes() -> None:
             out = builder.emit_output(relax.op.exp(x))
         builder.emit_func_output(out)
     with pytest.raises(InputError, match=r"tensor 'x' of the Relax module.*constant shape"):
-        lower.assign_formats({})(builder.get())
+        make()(builder.get())

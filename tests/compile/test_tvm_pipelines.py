@@ -17,7 +17,6 @@ from tvm.ir.instrument import pass_instrument
 from tvm.relax.frontend.onnx import from_onnx
 
 from hwmpq import lower, targets
-from hwmpq.errors import InputError
 from hwmpq.export.onnx import onnx_model
 from hwmpq.frontend.relax_import import annotate
 from hwmpq.frontend.torch_export import trace
@@ -129,17 +128,3 @@ def test_passes_are_seen_by_instruments_and_print(
     assert '"hwmpq.format": "w8a8"' in seen["hwmpq.AssignFormats"]
     assert '"hwmpq.kernel": "conv2d.' in seen["hwmpq.SelectKernels"]
     assert "hwmpq_conv2d" in seen["hwmpq.LowerAnnotated"]
-
-
-def test_a_module_that_cannot_be_annotated() -> None:
-    with pytest.raises(InputError, match="Relax module without a function 'main'"):
-        annotate()(tvm.IRModule({}))
-    builder = relax.BlockBuilder()
-    n = tvm.tirx.Var("n", "int64")
-    x = relax.Var("x", relax.TensorType((n, 3), "float32"))
-    with builder.function("main", [x]):
-        with builder.dataflow():
-            out = builder.emit_output(relax.op.exp(x))
-        builder.emit_func_output(out)
-    with pytest.raises(InputError, match=r"tensor 'x' of the Relax module.*constant shape"):
-        annotate()(builder.get())
