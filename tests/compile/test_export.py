@@ -30,6 +30,8 @@ from hwmpq.side_jobs.export import FORMS, export_model
 from hwmpq.stages.job import Options
 
 Outputs = NDArray[np.float32]
+#: What runs a form's file, beside the packages that write it.
+RUNTIMES = {"onnx-qdq": ("onnxruntime",)}
 #: Formats that the layers take in turn: every kind of type that a form has to spell.
 MIXES = (
     ("w8a8",), ("w4a8", "bf16", "w6a8"), ("w2a8", "w3a5", "w4a4", "w5a2"),
@@ -153,7 +155,7 @@ def quantizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_command(
     form: str, quantizers: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for package in FORMS[form].packages:
+    for package in (*FORMS[form].packages, *RUNTIMES.get(form, ())):
         pytest.importorskip(package, reason="the extra `bench` is not installed")
     out = tmp_path / f"m{FORMS[form].suffix}"
     words = ["export", "zoo:digits_cnn", "--input-shape", "64,1,16,16", "--to", form, "--json"]
