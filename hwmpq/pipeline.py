@@ -153,48 +153,58 @@ def _least_loss(bench: Bench, ground: Ground) -> Plan:
 
 
 def closed_loop(bench: Bench, ground: Ground) -> tuple[Trial, int]:
-    """The best plan within the budgets by its measured time, and the rounds it took.
+    """The best plan within the budgets by its measured times, and the rounds it took.
 
     In each a few plans are timed, their times correct the prices, and the problem is solved again,
-    until the plan stays the same and is within the limit. The best few are then timed afresh.
-    Raises InfeasibleError.
+    until the plan stays the same. The best few are then timed afresh, and the search goes on below
+    the limit if none of them stays within it. Raises InfeasibleError.
     """
     study = Study(bench.job, bench.facts)
     tried: list[Trial] = []
-    wanted: Assignment | None = None
+    settled: Assignment | None = None
     allowed, rounds = limit_seconds(bench.limit, ground.first), 0
     while rounds < MAX_ROUNDS:
         problem = within(ground.problem, allowed)
         with bench.clock.time("search"):
             try:
-                before, wanted = wanted, study.solve(problem).choice
-                if wanted == before and tried[-1].attempt.within_limit:
-                    break
+                wanted = study.solve(problem).choice
                 known = {frozen(trial.attempt.made.assignment) for trial in tried}
-                plans = candidates(study, problem, known)
+                plans = [] if wanted == settled else candidates(study, problem, known)
             except InfeasibleError:
                 if not tried:
                     raise
                 break
+        if not plans:
+            tried = confirmed(bench, tried)
+            if tried[0].attempt.within_limit:
+                break
+            settled, allowed = None, _below(bench, ground, tried[0].attempt, allowed)
+            continue
         better = measured(bench, ground, [plan.solution.choice for plan in plans])
         if better is not None:
-            ground, wanted = better, None
+            ground, settled = better, None
             continue
         rounds += 1
-        # The method's plan comes last, so that it is `tried[-1]`.
-        tried += reversed(attempt_all(bench, study, ground.latency, plans))
-        new = [trial.attempt for trial in tried[-len(plans) :]]
-        ground, own = refitted(bench, ground, new), new[-1]
-        if own.limit_s is not None and not own.within_limit:
-            # What the plan took beyond its price is taken off the next plan's allowance.
-            reached = price(bench.job, own.made.assignment, ground.latency)
-            assert allowed is not None
-            allowed = min(allowed, reached) * own.limit_s / own.own.interval[1] * 0.995
-            bench.job.progress.note(
-                f"round {rounds}: measured {own.own.latency_s * 1e3:.3g} ms against a limit of "
-                f"{own.limit_s * 1e3:.3g} ms; solving again"
-            )
-    return confirmed(bench, tried), rounds
+        trials = attempt_all(bench, study, ground.latency, plans)
+        tried += trials
+        ground = refitted(bench, ground, [trial.attempt for trial in trials])
+        own = trials[0].attempt  # of the method's plan
+        settled = wanted if own.within_limit else None
+        if settled is None:
+            allowed = _below(bench, ground, own, allowed)
+    return confirmed(bench, tried)[0], rounds
+
+
+def _below(bench: Bench, ground: Ground, late: Attempt, allowed: float | None) -> float:
+    """What the next plan is allowed to cost, where one that was allowed took too long: what that
+    took beyond its price is taken off."""
+    assert allowed is not None and late.limit_s is not None
+    bench.job.progress.note(
+        f"measured {late.own.latency_s * 1e3:.3g} ms against a limit of {late.limit_s * 1e3:.3g} "
+        "ms; solving again"
+    )
+    reached = price(bench.job, late.made.assignment, ground.latency)
+    return min(allowed, reached) / late.share * 0.995
 
 
 def _fastest(bench: Bench, ground: Ground, points: list[Point], max_drop: float) -> Plan:

@@ -15,31 +15,11 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from hwmpq.errors import DeviceError
+from hwmpq.executor import WorkerCrashed, WorkerFailed, WorkerTimeout
 from hwmpq.measure import frames
 
 _STDERR_LINES = 30
 _ROOT = Path(__file__).resolve().parents[2]
-
-
-class WorkerTimeout(DeviceError):
-    """The worker was silent for longer than the deadline and was killed."""
-
-
-class WorkerCrashed(DeviceError):
-    """The worker died. cause: name of the signal, or 'exit status N'."""
-
-    def __init__(self, cause: str, stderr: str):
-        super().__init__("worker crashed", cause, next=stderr)
-        self.cause = cause
-
-
-class WorkerFailed(DeviceError):
-    """The op raised an exception; the worker lives. kind: the exception's type name."""
-
-    def __init__(self, op: str, kind: str, text: str, trace: str):
-        super().__init__(f"{op} failed in the worker", f"{kind}: {text}", next=trace)
-        self.kind = kind
-        self.text = text
 
 
 class WorkerProcess:

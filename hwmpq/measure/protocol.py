@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hwmpq.errors import DeviceError, InputError
-from hwmpq.measure.process import WorkerCrashed, WorkerProcess, WorkerTimeout
+from hwmpq.measure.process import WorkerProcess
 from hwmpq.types import FloatArray, reject_unknown
 
 #: A fresh worker may take this long to import TVM; this never counts against a cell.

@@ -22,24 +22,30 @@ from hwmpq.types import Assignment, Problem
 BESIDE = (1.03, 0.97)
 #: Seconds for one of them.
 SOLVE_S = 10.0
-#: The best ones, so many, are timed once more before one is taken.
+#: So many of the best are timed again, until the best of all has been timed TIMED times.
 CONFIRMED = 3
+TIMED = 3
 
 Frozen = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A plan that was compiled and timed. loss: its true loss on the held-out images."""
+    """A plan that was compiled and timed, once or more. loss: its true loss on held-out images."""
 
     chosen: Chosen
-    attempt: Attempt
+    attempts: tuple[Attempt, ...]
     loss: float
+
+    @property
+    def attempt(self) -> Attempt:
+        """The timing that comes closest to the limit, or goes farthest beyond it."""
+        return max(self.attempts, key=lambda attempt: attempt.share)
 
     def order(self) -> tuple[bool, float]:
         """Least first: within the limit the least loss, outside the least seconds."""
         late = not self.attempt.within_limit
-        return late, self.attempt.own.latency_s if late else self.loss
+        return late, self.attempt.share if late else self.loss
 
 
 def frozen(plan: Assignment) -> Frozen:
@@ -79,18 +85,28 @@ def attempt_all(
     attempts = bench.attempt([(p.solution.choice, p.quantizers) for p in plans], latency)
     with bench.clock.time("search"):
         losses = [_loss(study, plan) for plan in plans]
-    return [Trial(*each) for each in zip(plans, attempts, losses, strict=True)]
+    return [
+        Trial(plan, (attempt,), loss)
+        for plan, attempt, loss in zip(plans, attempts, losses, strict=True)
+    ]
 
 
-def confirmed(bench: Bench, trials: Sequence[Trial]) -> Trial:
-    """The best trial, by a timing of its own where there is a limit: of several plans that lie near
-    it, the one within it was also the lucky one of its run."""
-    best = sorted(trials, key=Trial.order)[:CONFIRMED]
-    if best[0].attempt.limit_s is None:
-        return best[0]
-    again = bench.again([trial.attempt for trial in best])
-    fresh = [replace(trial, attempt=attempt) for trial, attempt in zip(best, again, strict=True)]
-    return min(fresh, key=Trial.order)
+def confirmed(bench: Bench, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials, best first, by further timings of the best where there is a limit.
+
+    Of several plans that lie near it, the one within it was also the lucky one of its run; and runs
+    differ by more than the epochs of one of them tell.
+    """
+    ranked = sorted(trials, key=Trial.order)
+    while ranked[0].attempt.limit_s is not None and len(ranked[0].attempts) < TIMED:
+        best, rest = ranked[:CONFIRMED], ranked[CONFIRMED:]
+        again = bench.again([trial.attempt for trial in best])
+        fresh = [
+            replace(trial, attempts=(*trial.attempts, attempt))
+            for trial, attempt in zip(best, again, strict=True)
+        ]
+        ranked = sorted([*fresh, *rest], key=Trial.order)
+    return ranked
 
 
 def _loss(study: Study, plan: Chosen) -> float:

@@ -81,8 +81,13 @@ class Attempt:
     limit_s: float | None
 
     @property
+    def share(self) -> float:
+        """Of the limit that the upper end of the time takes; 0 where there is none."""
+        return 0.0 if self.limit_s is None else self.own.interval[1] / self.limit_s
+
+    @property
     def within_limit(self) -> bool:
-        return self.limit_s is None or self.own.interval[1] <= self.limit_s
+        return self.share <= 1
 
     @property
     def ambiguous(self) -> bool:
@@ -93,7 +98,7 @@ class Attempt:
 class Bench:
     """Compiles plans beside the uniform artifacts and times them together, in one worker.
 
-    statistic: of the times, as the budget names it.
+    statistic: of the times, as the budget names it; history: all attempts so far.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class Bench:
         self.samples = {job.graph.inputs[0]: facts.images.calib.batch(range(count))}
         self.baselines: dict[str, Made] = {}
         self.attempts = 0
+        self.history: list[Attempt] = []
         self._reference: Any = None
 
     def compile(self, assignment: Assignment, name: str, quantizers: Quantizers) -> Made:

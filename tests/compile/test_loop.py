@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +16,12 @@ from hwmpq.kernels import glue as glue_kernels
 from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.measure import CellTiming
 from hwmpq.methods.study import Chosen
-from hwmpq.methods.trials import Trial, candidates, confirmed
+from hwmpq.methods.trials import TIMED, Trial, candidates, confirmed
 from hwmpq.pipeline import Options
 from hwmpq.search import solve
 from hwmpq.stages import latency
-from hwmpq.stages.bench import Clock
+from hwmpq.stages.bench import Attempt, Clock
+from hwmpq.stages.build import Made
 from hwmpq.stages.choose import fastest_within_drop, refined, walk_frontier, within
 from hwmpq.stages.facts import calibrate
 from hwmpq.stages.fit import ADDITIVE, LEAST_RESIDUAL, Whole, fit_prices, fitted
@@ -28,6 +30,7 @@ from hwmpq.stages.job import Images, Job, Silent, load_images, open_job
 from hwmpq.stages.latency import LatencyFacts, glue_fact, glue_seconds
 from hwmpq.stages.menu import Menu, make_menu
 from hwmpq.stages.pricing import price, table
+from hwmpq.stages.timing import Timed
 from hwmpq.stages.verify import LOOK, Jury, float_logits, simulated_drop
 from hwmpq.stages.walks import calling, schedule_of, schedules
 from hwmpq.types import Assignment, Measurement, Problem, Sensitivity
@@ -113,41 +116,39 @@ def test_plans_beside_the_methods_are_tried_once(monkeypatch: pytest.MonkeyPatch
     assert len(candidates(study, problem(), ())) == 1  # type: ignore[arg-type]
 
 
+def attempt(name: str, seconds: float, limit_s: float | None = 2.0) -> Attempt:
+    own = Timed(seconds, (seconds, seconds), (seconds,), {})
+    return Attempt(Made(Path(name), {}, 0), seconds, own, {}, limit_s)
+
+
+def trial(name: str, seconds: float, loss: float, limit_s: float | None = 2.0) -> Trial:
+    return Trial(Chosen(None, None, {}), (attempt(name, seconds, limit_s),), loss)  # type: ignore[arg-type]
+
+
 def test_the_least_loss_within_the_limit_wins_else_the_fastest() -> None:
-    def trial(met: bool, seconds: float, loss: float) -> Trial:
-        own = SimpleNamespace(latency_s=seconds)
-        return Trial(None, SimpleNamespace(within_limit=met, own=own), loss)  # type: ignore[arg-type]
-
-    late, fast, good = trial(False, 3.0, 0.1), trial(True, 1.0, 0.9), trial(True, 2.0, 0.5)
+    late, fast, good = trial("late", 3.0, 0.1), trial("fast", 1.0, 0.9), trial("good", 2.0, 0.5)
     assert min([late, fast, good], key=Trial.order) is good
-    later = trial(False, 4.0, 0.0)
-    assert min([later, late], key=Trial.order) is late
+    assert min([trial("later", 4.0, 0.0), late], key=Trial.order) is late
 
 
-def test_the_best_trials_are_confirmed_by_a_timing_of_their_own() -> None:
-    def attempt(name: str, met: bool, seconds: float) -> Any:
-        own = SimpleNamespace(latency_s=seconds)
-        return SimpleNamespace(made=name, within_limit=met, own=own, limit_s=2.0)
-
-    lucky, sound, bad, far = (
-        Trial(None, attempt(name, met, seconds), loss)  # type: ignore[arg-type]
-        for name, met, seconds, loss in (
-            ("lucky", True, 2.0, 0.1), ("sound", True, 1.9, 0.2), ("bad", True, 1.0, 0.9),
-            ("far", False, 3.0, 0.0),
-        )
-    )  # fmt: skip
+def test_a_plan_counts_by_the_slowest_of_its_timings() -> None:
     asked: list[str] = []
+    fresh = {"lucky": 2.01, "sound": 1.95, "bad": 1.0}
 
     class Run:
-        def again(self, attempts: Any) -> list[Any]:
-            asked.extend(a.made for a in attempts)
-            return [attempt(a.made, a.made != "lucky", 1.95) for a in attempts]
+        def again(self, attempts: Sequence[Attempt]) -> list[Attempt]:
+            asked.extend(a.made.path.name for a in attempts)
+            return [attempt(a.made.path.name, fresh[a.made.path.name]) for a in attempts]
 
-    found = confirmed(Run(), [far, bad, lucky, sound])  # type: ignore[arg-type]
-    assert asked == ["lucky", "sound", "bad"]
-    assert found.loss == 0.2 and found.attempt.own.latency_s == 1.95
-    unlimited = Trial(None, SimpleNamespace(within_limit=True, limit_s=None), 0.3)  # type: ignore[arg-type]
-    assert confirmed(None, [unlimited]) is unlimited  # type: ignore[arg-type]
+    tried = [
+        trial("far", 3.0, 0.0), trial("bad", 1.0, 0.9), trial("lucky", 1.99, 0.1),
+        trial("sound", 1.9, 0.2),
+    ]  # fmt: skip
+    best = confirmed(Run(), tried)[0]  # type: ignore[arg-type]
+    assert asked[:3] == ["lucky", "sound", "bad"] and asked.count("sound") == TIMED - 1
+    assert best.loss == 0.2 and best.attempt.own.latency_s == 1.95
+    unlimited = trial("unlimited", 1.0, 0.3, None)
+    assert confirmed(None, [unlimited]) == [unlimited]  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

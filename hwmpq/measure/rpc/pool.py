@@ -15,7 +15,7 @@ from hwmpq import targets
 from hwmpq.devices import Device
 from hwmpq.errors import DeviceError
 from hwmpq.measure import probe
-from hwmpq.measure.process import WorkerCrashed, WorkerFailed, WorkerProcess
+from hwmpq.measure.process import WorkerProcess
 from hwmpq.measure.protocol import CellTiming, Protocol
 from hwmpq.measure.remote import RemoteWorker
 from hwmpq.measure.rpc import client, wire
