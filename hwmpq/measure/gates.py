@@ -22,6 +22,11 @@ MAX_AWAY = 0.01
 #: machine stood in line for a core for more than this share of it, or it was switched out oftener.
 MAX_PRESSURE = 0.05
 MAX_SWITCHES_PER_S = 100.0
+#: A short piece of work takes so many times its least seconds, or less, on a core of one's own. (A
+#: neighbour on the same physical core, as on a rented machine, was seen to make it 1.8 to 2.)
+ALONE = 1.25
+_ITERATIONS = 600
+_least_s = float("inf")
 
 
 @contextlib.contextmanager
@@ -90,6 +95,30 @@ def pinned(wanted: bool) -> Iterator[int | None]:
         os.sched_setaffinity(0, before)
 
 
+def alone() -> bool:
+    """Has this thread's core nothing else to do at this moment?
+
+    No counter tells of a neighbour on the other hardware thread of the core, nor does a chain of
+    dependent instructions, such as a hash, notice one; an interpreter's many independent ones do.
+    """
+    global _least_s
+    began = time.perf_counter()
+    total = 0
+    for i in range(_ITERATIONS):
+        total += i * i
+    seconds = time.perf_counter() - began
+    _least_s = min(_least_s, seconds)
+    return seconds <= ALONE * _least_s
+
+
+def wait_until_alone(patience_s: float) -> bool:
+    """Wait for a moment that finds the core alone, at most patience_s; whether there was one."""
+    end = time.perf_counter() + patience_s
+    while not (found := alone()) and time.perf_counter() < end:
+        pass
+    return found
+
+
 @dataclass(frozen=True)
 class Counters:
     """Readings at one moment: seconds, and involuntary context switches of this process."""
@@ -121,9 +150,10 @@ class Epoch:
 
     @staticmethod
     def between(
-        before: Counters, after: Counters, seconds: float, count: int, threads: int
-    ) -> Epoch:
-        """seconds: what the `count` calls took."""
+        before: Counters, after: Counters, seconds: float, count: int, threads: int, *,
+        crowded: bool = False,
+    ) -> Epoch:  # fmt: skip
+        """seconds: what `count` calls took; crowded: the core was somebody else's too."""
         wall = max(after.wall_s - before.wall_s, 1e-9)
         steal = (after.steal_s - before.steal_s) / wall
         away = max(0.0, 1 - (after.cpu_s - before.cpu_s) / wall) if threads == 1 else 0.0
@@ -131,8 +161,9 @@ class Epoch:
         switches = after.switches - before.switches
         # One pinned thread knows its own delay exactly: wall minus CPU time. Pressure counts every
         # queue of the machine, also those of cores that we do not use, so it only judges the rest.
-        crowded = pressure > MAX_PRESSURE or switches > 1 + MAX_SWITCHES_PER_S * wall
-        bad = steal > MAX_STEAL or away > MAX_AWAY or (threads > 1 and crowded)
+        if threads > 1:
+            crowded = pressure > MAX_PRESSURE or switches > 1 + MAX_SWITCHES_PER_S * wall
+        bad = crowded or steal > MAX_STEAL or away > MAX_AWAY
         return Epoch(seconds / count, steal, away, pressure, switches, bad)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hwmpq.errors import DeviceError, InputError
+from hwmpq.executor import WorkerCrashed, WorkerTimeout
 from hwmpq.measure.process import WorkerProcess
 from hwmpq.types import FloatArray, reject_unknown
 
@@ -73,7 +74,9 @@ class Cell:
 class Protocol:
     """How a block is timed.
 
-    rounds: each gives every cell one epoch; epoch_s: about how long an epoch is; threads: must be
+    rounds: each gives every cell one epoch; epoch_s: about how long an epoch is; best_of: a sample
+    is the least of so many parts of it, for what shares a physical core with this one comes and
+    goes within milliseconds; 1 where a distribution is asked for; threads: must be
     those of the worker; seed: of the order and the jitter of the inner count; pin: to the last core
     (one thread only); deadline_s: the longest silence of the worker, one step or one round;
     settle: each epoch waits until other threads sleep and begins with a call that is not timed, for
@@ -87,10 +90,12 @@ class Protocol:
     pin: bool = True
     deadline_s: float = 60.0
     settle: bool = False
+    best_of: int = 1
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.threads < 1:
-            raise InputError("rounds and threads", (self.rounds, self.threads), "at least 1")
+        counts = (self.rounds, self.threads, self.best_of)
+        if min(counts) < 1:
+            raise InputError("rounds, threads and best_of", counts, "at least 1")
         if not (0 < self.epoch_s < math.inf and 0 < self.deadline_s < math.inf):
             raise InputError(
                 "epoch_s and deadline_s", (self.epoch_s, self.deadline_s), "positive seconds"

@@ -26,6 +26,10 @@ from hwmpq.measure.public import public_function
 Progress = Callable[[Mapping[str, Any]], None]
 #: Cells of one block share their inner count unless their times differ by more than this.
 MAX_SHARED_RATIO = 10.0
+#: Parts of an epoch whose calls are long may make it so many times as long.
+MAX_STRETCH = 4
+#: A part of an epoch waits so many times its own length for a core that nobody shares.
+PATIENCE = 2
 _SENTINEL_BYTES = bytes(64 << 10)
 _REFERENCE_RUNS = 15
 _TASKS = "/proc/self/task"
@@ -57,12 +61,14 @@ class Calls:
 
 @dataclass
 class Entry:
-    """A cell in the making. count: calls per epoch; rounds: the round of each kept sample."""
+    """A cell in the making. parts: of an epoch; count: calls per part; rounds: the round of each
+    kept sample."""
 
     cell: Cell
     runner: Runner
     quality: dict[str, Any]
     per_call_s: float = 0.0
+    parts: int = 1
     count: int = 1
     kept: list[gates.Epoch] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
@@ -114,7 +120,7 @@ def run_block(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
                 timings[cell.key] = CellTiming(cell.key, error=f"{type(error).__name__}: {error}")
         if entries:
             progress({"step": "time"})
-            _share_counts(entries, plan.epoch_s)
+            _share_counts(entries, plan)
             shared = _steady_rounds(entries, plan, core, progress)
             timings |= {item.cell.key: _timing(item, plan.rounds, shared) for item in entries}
     return {"cells": [timings[cell.key].to_json() for cell in cells]}
@@ -173,13 +179,16 @@ def _calibrate(entry: Entry, epoch_s: float) -> None:
     entry.quality["calibration_ratio"] = max(estimates) / entry.per_call_s
 
 
-def _share_counts(entries: list[Entry], epoch_s: float) -> None:
+def _share_counts(entries: list[Entry], plan: protocol.Protocol) -> None:
     """One inner count for the block, or each cell its own where the times lie too far apart."""
     times = [entry.per_call_s for entry in entries]
     shared = max(times) <= MAX_SHARED_RATIO * min(times)
     middle = math.exp(sum(map(math.log, times)) / len(times))
     for entry in entries:
-        entry.count = max(1, round(epoch_s / (middle if shared else entry.per_call_s)))
+        per_call_s = middle if shared else entry.per_call_s
+        entry.count = max(1, round(plan.epoch_s / plan.best_of / per_call_s))
+        most = MAX_STRETCH * plan.epoch_s / (entry.count * per_call_s)
+        entry.parts = min(plan.best_of, max(1, round(most)))
 
 
 def latin_square(size: int) -> list[list[int]]:
@@ -228,7 +237,7 @@ def _rounds(
                 if plan.settle:
                     _wait_for_other_threads()
                     entry.runner.run(1)
-                epoch = _epoch(entry.runner, count, core, plan.threads)
+                epoch = _epoch(entry, count, core, plan.threads)
                 if not epoch.bad:
                     entry.kept.append(epoch)
                     entry.rounds.append(number)
@@ -267,10 +276,17 @@ def _runs(task: str) -> bool:
     return state == "R"
 
 
-def _epoch(runner: Runner, count: int, core: int | None, threads: int) -> gates.Epoch:
+def _epoch(entry: Entry, count: int, core: int | None, threads: int) -> gates.Epoch:
+    """The least of the parts; crowded where none of them began and ended alone on its core."""
     before = gates.Counters.read(core)
-    seconds = runner.run(count)
-    return gates.Epoch.between(before, gates.Counters.read(core), seconds, count, threads)
+    least, crowded = math.inf, threads == 1
+    patience_s = PATIENCE * count * entry.per_call_s
+    for _ in range(entry.parts):
+        began_alone = crowded and gates.wait_until_alone(patience_s)
+        least = min(least, entry.runner.run(count))
+        crowded = crowded and not (began_alone and gates.alone())
+    after = gates.Counters.read(core)
+    return gates.Epoch.between(before, after, least, count, threads, crowded=crowded)
 
 
 @functools.cache
@@ -291,11 +307,14 @@ def _sentinel_s() -> float:
 
 
 def _timing(entry: Entry, rounds: int, shared: Mapping[str, Any]) -> CellTiming:
-    """Too few quiet epochs: the disturbed ones count too, and `noisy` says so."""
+    """Too few quiet epochs: `noisy` says so, and the least of all count, for what disturbs a time
+    only adds to it."""
     noisy = len(entry.kept) < min(stats.MIN_SAMPLES, rounds)
-    samples = list(zip(entry.rounds, entry.kept, strict=True))
+    samples, rejected = list(zip(entry.rounds, entry.kept, strict=True)), entry.rejected
     if noisy:
-        samples = sorted(samples + entry.rejected, key=lambda pair: pair[0])
+        found = sorted(samples + rejected, key=lambda pair: pair[1].per_call_s)
+        samples, rejected = found[: stats.MIN_SAMPLES], found[stats.MIN_SAMPLES :]
+        samples.sort(key=lambda pair: pair[0])
     epochs = [epoch for _, epoch in samples]
     quality = {
         **entry.quality,
@@ -310,7 +329,7 @@ def _timing(entry: Entry, rounds: int, shared: Mapping[str, Any]) -> CellTiming:
     return CellTiming(
         key=entry.cell.key,
         samples_s=tuple(epoch.per_call_s for epoch in epochs),
-        rejected_s=() if noisy else tuple(epoch.per_call_s for _, epoch in entry.rejected),
+        rejected_s=tuple(epoch.per_call_s for _, epoch in rejected),
         inner_count=entry.count,
         quality=quality,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from hwmpq import methods
 from hwmpq.methods.study import Chosen, Study
+from hwmpq.search import solve
 from hwmpq.stages.bench import Attempt, Bench
 from hwmpq.stages.choose import within
 from hwmpq.stages.job import solver_of
@@ -70,6 +71,16 @@ def candidates(study: Study, problem: Problem, tried: Collection[Frozen]) -> lis
             key = frozen(solution.choice)
             found.setdefault(key, Chosen(solution, study.facts.quantizers, {}))
     return list(found.values())
+
+
+def fastest(study: Study, problem: Problem, tried: Collection[Frozen]) -> list[Chosen]:
+    """The plan of the least price, unless it was tried: where no price is within the budget, a time
+    may still be."""
+    rest = {name: limit for name, limit in problem.budgets.items() if name != "latency_s"}
+    solution = solve(replace(problem, minimize="latency_s", budgets=rest))
+    if not solution.choice or frozen(solution.choice) in tried:
+        return []
+    return [Chosen(solution, study.facts.quantizers, {})]
 
 
 def attempt_all(

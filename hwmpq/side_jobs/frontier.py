@@ -13,11 +13,11 @@ from hwmpq.measure import WorkerProcess
 from hwmpq.pipeline import gather
 from hwmpq.stages import budget as budgets
 from hwmpq.stages.bench import Bench, Clock, limit_seconds
+from hwmpq.stages.cells import timer
 from hwmpq.stages.choose import frontier_rows, walk_frontier, within
 from hwmpq.stages.facts import Facts
 from hwmpq.stages.ground import survey
 from hwmpq.stages.job import Job, Options, Progress, Silent, load_images, open_job
-from hwmpq.stages.latency import timer
 from hwmpq.stages.verify import float_logits, simulated
 
 #: Plans of a frontier whose accuracy is simulated.

@@ -16,14 +16,8 @@ from hwmpq.kernels.glue.cell import from_json, to_json
 from hwmpq.measure import Cell, CellTiming, WorkerProcess, toolchain
 from hwmpq.measure.bundle import Packed, Result, pack, read_result
 from hwmpq.measure.store import Store
+from hwmpq.stages.cells import Builder, glue_fact, glue_key, layer_key, protocol_of
 from hwmpq.stages.job import Job
-from hwmpq.stages.latency import (
-    Builder,
-    glue_fact,
-    glue_key,
-    layer_key,
-    protocol_of,
-)
 from hwmpq.stages.menu import Menu
 from hwmpq.stages.schedule import cell_call, choice_fact, choice_key
 from hwmpq.stages.tuning import fastest
@@ -75,7 +69,8 @@ def make_bundle(job: Job, menu: Menu, path: Path) -> dict[str, Any]:
             blocks.append([])
             for glue in calls[begin : begin + 8]:
                 row = {"kind": "glue", "call": to_json(glue), "tvm": tvm}
-                add(blocks[-1], f"glue {glue.op}", builder.glue(glue, digest(row)), row)
+                key = digest(row)
+                add(blocks[-1], f"glue {glue.op}", builder.glue({key: glue})[key], row)
         kept = [block for block in blocks if block]
         versions = toolchain(str(CODEGEN_VERSION))
         name = pack(path, kept, protocol_of(job), job.target.name, versions)

@@ -26,8 +26,8 @@ from hwmpq.predict.boost import Point, Settings
 from hwmpq.predict.features import F32, of_work
 from hwmpq.predict.rows import Table
 from hwmpq.predict.train import FAMILIES, families_in, select
+from hwmpq.stages.cells import Builder, CellBench, LayerCell, layer_key, replicas, workers
 from hwmpq.stages.job import Job, Options, Progress, open_job
-from hwmpq.stages.latency import Bench, Builder, LayerCell, layer_key, replicas, workers
 from hwmpq.stages.menu import DEFAULT
 from hwmpq.stages.schedule import cell_call
 from hwmpq.stages.shapes import Families, pool
@@ -98,7 +98,7 @@ class _Run:
     again: those that it has twice."""
 
     def __init__(
-        self, job: Job, bench: Bench, blocks: Mapping[Workload, list[LayerCell]],
+        self, job: Job, bench: CellBench, blocks: Mapping[Workload, list[LayerCell]],
         advance: Callable[[int], None],
     ):  # fmt: skip
         self.job, self.bench, self.blocks, self.advance = job, bench, blocks, advance
@@ -220,7 +220,7 @@ def _block(job: Job, workload: Workload, formats: Sequence[Format]) -> list[Laye
 
 
 @contextmanager
-def _bench(job: Job) -> Iterator[Bench]:
+def _bench(job: Job) -> Iterator[CellBench]:
     """What compiles and times; it compiles a block before it times it, never beside."""
     with (
         workers(job) as (compiler, timer),
@@ -228,4 +228,4 @@ def _bench(job: Job) -> Iterator[Bench]:
         tempfile.TemporaryDirectory(prefix="hwmpq-") as folder,
     ):
         builder = Builder(job, compiler, Path(folder), with_loop=job.device.remote)
-        yield Bench(job, builder, timer, job.fingerprint, others)
+        yield CellBench(job, builder, timer, job.fingerprint, others)

@@ -1,8 +1,9 @@
 """Shapes worth measuring for a cost model: those of the zoo as they are compiled, and relatives.
 
 A relative has the operator, the epilogue and the window of a layer of the zoo, with its channels
-and its image changed: nn-Meter's prior (MobiSys 2021). Some lie at the edges of alignment, some are
-made so large or small that their weights span the caches.
+and its image changed: nn-Meter's prior (MobiSys 2021). Channels that are multiples of 8, as in most
+real networks, stay so; but some lie at the edges of alignment, and some are made so large or small
+that their weights span the caches.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from hwmpq.types import Workload
 
 #: Channels of a relative, as shares of those of its origin.
 JITTER = (0.5, 1.2)
+#: What divides the channels of real networks.
+_STEP = 8
 #: Of the relatives, this share has channels one beside a multiple of one of EDGES ...
 _EDGE_SHARE, EDGES = 0.2, (8, 16, 32, 64)
 #: ... and this share has weights of SPAN times the size of the L2 cache.
@@ -83,11 +86,12 @@ def relative(origin: Workload, caches: Caches, rng: np.random.Generator) -> Work
         scale = (wanted / np.prod(origin.weight_shape)) ** 0.5
 
     def drawn(value: int) -> int:
-        new = max(1, round(value * scale * rng.uniform(*JITTER)))
+        new = value * scale * rng.uniform(*JITTER)
         if kind < _EDGE_SHARE:
             edge = int(rng.choice(EDGES))
-            new = max(1, max(1, round(new / edge)) * edge + int(rng.integers(-1, 2)))
-        return new
+            return max(1, max(1, round(new / edge)) * edge + int(rng.integers(-1, 2)))
+        step = 1 if value % _STEP else _STEP
+        return max(1, round(new / step)) * step
 
     if origin.op in ("conv2d", "depthwise"):
         groups = dims["groups"]

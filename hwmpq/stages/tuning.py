@@ -14,9 +14,10 @@ from pathlib import Path
 
 from hwmpq.formats import format_named
 from hwmpq.kernels import Call, Kernel, Schedule
+from hwmpq.stages.cells import Builder, CellBench, LayerCell, layer_key, workers
 from hwmpq.stages.job import Job
-from hwmpq.stages.latency import Bench, Builder, LayerCell, layer_key, workers
 from hwmpq.stages.menu import Menu
+from hwmpq.stages.pool import pool_of
 from hwmpq.stages.schedule import cell_call, keep_choice, stored_choice
 from hwmpq.types import Measurement
 
@@ -46,10 +47,11 @@ def tune(job: Job, menu: Menu, count: int) -> int:
     with (
         job.progress.stage("tune", len(open_)) as advance,
         workers(job) as (compiler, timer),
+        pool_of(job) as pool,
         tempfile.TemporaryDirectory(prefix="hwmpq-") as folder,
     ):
-        builder = Builder(job, compiler, Path(folder), with_loop=job.times_elsewhere)
-        bench = Bench(job, builder, timer, job.fingerprint)
+        builder = Builder(job, compiler, Path(folder), with_loop=job.times_elsewhere, pool=pool)
+        bench = CellBench(job, builder, timer, job.fingerprint)
         for space in open_:
             if job.options.max_time and time.monotonic() - began >= job.options.max_time:
                 job.progress.note(f"--max-time is used up: {len(open_) - done} cells not tuned")
@@ -74,7 +76,7 @@ def spaces(job: Job, menu: Menu, count: int) -> list[Space]:
     return list(found.values())
 
 
-def time_space(job: Job, bench: Bench, space: Space) -> list[Measurement]:
+def time_space(job: Job, bench: CellBench, space: Space) -> list[Measurement]:
     """The time of every schedule, in order; all go to the store."""
     block = []
     for schedule in space.schedules:

@@ -70,10 +70,10 @@ def shared_worker(worker: WorkerProcess) -> Iterator[None]:
     """Runs of the pipeline in this process measure in the worker of the tests."""
     from hwmpq import pipeline
     from hwmpq.side_jobs import frontier
-    from hwmpq.stages import latency
+    from hwmpq.stages import cells
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (pipeline, latency, frontier):
+        for module in (pipeline, cells, frontier):
             patch.setattr(module, "WorkerProcess", Shared(worker))
         yield
 

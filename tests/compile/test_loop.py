@@ -22,12 +22,13 @@ from hwmpq.search import solve
 from hwmpq.stages import latency
 from hwmpq.stages.bench import Attempt, Clock
 from hwmpq.stages.build import Made
+from hwmpq.stages.cells import glue_fact, glue_seconds
 from hwmpq.stages.choose import fastest_within_drop, refined, walk_frontier, within
 from hwmpq.stages.facts import calibrate
 from hwmpq.stages.fit import ADDITIVE, LEAST_RESIDUAL, Whole, fit_prices, fitted
 from hwmpq.stages.ground import Ground, measured
 from hwmpq.stages.job import Images, Job, Silent, load_images, open_job
-from hwmpq.stages.latency import LatencyFacts, glue_fact, glue_seconds
+from hwmpq.stages.latency import LatencyFacts
 from hwmpq.stages.menu import Menu, make_menu
 from hwmpq.stages.pricing import price, table
 from hwmpq.stages.timing import Timed

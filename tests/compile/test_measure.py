@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from hwmpq import tensors
 from hwmpq.errors import DeviceError, InputError
-from hwmpq.measure import gates, kernel, timing
+from hwmpq.measure import gates, kernel, stats, timing
 from hwmpq.measure.process import WorkerCrashed, WorkerFailed, WorkerProcess
 from hwmpq.measure.protocol import (
     Cell,
@@ -352,19 +353,54 @@ def test_disturbed_epochs_are_repeated_and_capped(monkeypatch: pytest.MonkeyPatc
     assert len(entry.rejected) == 2 * QUICK.rounds and not entry.kept
     assert set(runs[1:]) <= set(range(100, 121)) and len(set(runs)) > 3  # the jitter
     result = timing._timing(entry, QUICK.rounds, shared)
-    assert result.quality["noisy"] and len(result.samples_s) == 2 * QUICK.rounds
+    assert result.quality["noisy"] and len(result.samples_s) == stats.MIN_SAMPLES
+    assert max(result.samples_s) <= sorted(e.per_call_s for _, e in entry.rejected)[5]
 
 
 def test_shared_counts() -> None:
-    def entries(*times: float) -> list[timing.Entry]:
+    def entries(*times: float, best_of: int = 1) -> list[timing.Entry]:
         made = []
         for value in times:
             made.append(timing.Entry(Cell(str(value)), timing.Calls(int), {}, per_call_s=value))
-        timing._share_counts(made, 0.01)
+        timing._share_counts(made, Protocol(epoch_s=0.01, best_of=best_of))
         return made
 
     assert len({entry.count for entry in entries(1e-6, 2e-6, 9e-6)}) == 1
     assert [entry.count for entry in entries(1e-6, 1e-4, 1.0)] == [10_000, 100, 1]
+    parts = entries(1e-6, 0.02, 1.0, best_of=5)
+    assert [(e.count, e.parts) for e in parts] == [(2000, 5), (1, 2), (1, 1)]
+
+
+def test_a_sample_is_the_least_part_and_crowded_unless_one_was_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = iter([3e-3, 1e-3, 2e-3] * 3)
+
+    class Fake:
+        def run(self, count: int) -> float:
+            return next(seconds)
+
+    entry = timing.Entry(Cell("a"), Fake(), {}, per_call_s=1e-6, parts=3)
+    monkeypatch.setattr(gates, "MAX_AWAY", 2.0)
+    monkeypatch.setattr(gates, "MAX_STEAL", 2.0)
+    looks = iter([False, True, False, True, True])
+    monkeypatch.setattr(gates, "alone", lambda: next(looks))
+    monkeypatch.setattr(gates, "wait_until_alone", lambda patience_s: next(looks))
+    epoch = timing._epoch(entry, 1000, None, 1)
+    assert epoch.per_call_s == pytest.approx(1e-6) and not epoch.bad
+    looks = iter([True, False] * 3)
+    assert timing._epoch(entry, 1000, None, 1).bad
+    monkeypatch.setattr(gates, "MAX_PRESSURE", 2.0)
+    monkeypatch.setattr(gates, "MAX_SWITCHES_PER_S", 1e9)
+    assert not timing._epoch(entry, 1000, None, 2).bad  # several threads: not looked at
+
+
+def test_a_core_is_shared_where_the_same_work_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_least_s", float("inf"))
+    assert gates.alone()
+    monkeypatch.setattr(gates, "_least_s", 1e-9)
+    began = time.perf_counter()
+    assert not gates.wait_until_alone(0.01) and time.perf_counter() - began >= 0.01
 
 
 def test_artifact_cell(monkeypatch: pytest.MonkeyPatch) -> None:

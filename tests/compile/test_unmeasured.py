@@ -17,7 +17,7 @@ from hwmpq.kernels import best
 from hwmpq.pipeline import Options
 from hwmpq.predict import Predictor, Row, Settings
 from hwmpq.predict.analytic import work
-from hwmpq.stages import latency, predicted
+from hwmpq.stages import cells, predicted
 from hwmpq.stages.choose import make_problem
 from hwmpq.stages.job import Silent, open_job
 from hwmpq.stages.latency import TIME_IS_UP, LatencyFacts, profile
@@ -62,7 +62,7 @@ def unmeasured(shared_worker: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "layers": lambda _, block: pytest.fail("a layer's cell was measured"),
     }
     for name, function in made_up.items():
-        monkeypatch.setattr(latency.Bench, name, function)
+        monkeypatch.setattr(cells.CellBench, name, function)
     late = Options(
         "test_side_jobs:small", input_shape=(1, 1, 16, 16), target="x86-avx2",
         calib_data="digits#train", formats=tuple(FORMATS), store=str(tmp_path / "late.sqlite"),

@@ -20,8 +20,8 @@ from typing import Any
 
 from hwmpq.cli.progress import reporter
 from hwmpq.errors import HwmpqError
+from hwmpq.stages.cells import Builder, CellBench, workers
 from hwmpq.stages.job import Job, Options, open_job
-from hwmpq.stages.latency import Bench, Builder, workers
 from hwmpq.stages.menu import make_menu
 from hwmpq.stages.tuning import Space, spaces, time_space
 from hwmpq.types import Workload
@@ -80,7 +80,7 @@ def _rows(job: Job, chosen: Sequence[Space], folder: Path) -> Iterator[dict[str,
     """One row per cell whose default schedule could be timed."""
     with workers(job) as (compiler, timer):
         builder = Builder(job, compiler, folder, with_loop=job.device.remote)
-        bench = Bench(job, builder, timer, job.fingerprint)
+        bench = CellBench(job, builder, timer, job.fingerprint)
         for space in chosen:
             times = {
                 schedule.text: min(m.samples_s)
