@@ -5,8 +5,8 @@ are the most that any chip of the class does, caches the least that one has. Wha
 really has is the business of its device fingerprint.
 
 Folders searched: the shipped ones, those named in HWMPQ_TARGET_PATH (separated as in PATH; TOML
-only, nothing is executed), and packages named by the entry-point group `hwmpq.targets`. A name
-found twice is refused.
+only, nothing is executed), and packages named by the entry-point group `hwmpq.targets`, whose own
+feature words the group `hwmpq.features` names. A name found twice is refused.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import platform
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hwmpq.errors import InputError, UnknownName
 
-ENTRY_POINTS = "hwmpq.targets"
+ENTRY_POINTS, FEATURE_POINTS = "hwmpq.targets", "hwmpq.features"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Feature:
     flags: tuple[str, ...] = ()
 
 
-#: The whole vocabulary of `Kernel.requires` and of `features` in a target file.
+#: The vocabulary of `Kernel.requires` and of `features` in a target file, without the words of
+#: other packages.
 FEATURES: Mapping[str, Feature] = {
     "avx2": Feature(
         "x86 256-bit integer vectors, and the rest of x86-64-v3 (BMI1, BMI2, LZCNT, MOVBE)",
@@ -78,8 +80,8 @@ FEATURES: Mapping[str, Feature] = {
     "fp16": Feature("ARM fp16 arithmetic", ("fphp", "asimdhp")),
     "v": Feature("RISC-V vectors 1.0", ("v",)),
     "sm80": Feature("NVIDIA compute capability 8.0: int8, int4, fp16, bf16 tensor cores"),
-    "sm89": Feature("NVIDIA compute capability 8.9: also e4m3 and e5m2 tensor cores"),
-    "sm90": Feature("NVIDIA compute capability 9.0: also warp-group products"),
+    "sm89": Feature("NVIDIA compute capability 8.9: also e4m3 and e5m2 products of a warp"),
+    "sm90": Feature("NVIDIA compute capability 9.0: e4m3 and e5m2 products of a group of warps"),
 }
 
 
@@ -120,6 +122,17 @@ class StaticModel:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What `target probe` measured on one machine: the clock of a busy core, and the bytes per
+    second that one core reads from L1, L2, L3 and memory."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    clock_hz: float
+    bandwidth: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Target:
     """The facts about one class of chips.
 
@@ -127,9 +140,10 @@ class Target:
     width of the widest vector register; registers: how many of them. peaks: '<activation>.<weight>'
     encodings that these features multiply natively -> most multiply-accumulates per cycle of one
     core.
-    sources: for each of SOURCED, and of the static model where there is one, the documents the
-    facts were taken from. emulator: what is put before a program of this class of chips to run it
-    on another one, () where nothing is known.
+    sources: for each of SOURCED, and of the static model and what was measured where they are, the
+    documents the facts were taken from. emulator: what is put before a program of this class of
+    chips to run it on another one, () where nothing is known. host: of a GPU, LLVM's name of the
+    platform of the CPU beside it, '' = the one that runs this.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
@@ -150,11 +164,19 @@ class Target:
     sources: dict[str, str]
     emulator: tuple[str, ...] = ()
     static_model: StaticModel | None = None
+    measured: Measured | None = None
+
+    host: str = ""
 
     @property
     def triple(self) -> str:
-        """LLVM's name of the platform, '' = the one that runs this."""
-        return str(self.tvm.get("mtriple", ""))
+        """LLVM's name of the platform of its CPU, '' = the one that runs this."""
+        return str(self.tvm.get("mtriple", self.host))
+
+    @property
+    def gpu(self) -> bool:
+        """Do its kernels run on a device beside the CPU?"""
+        return self.tvm["kind"] == "cuda"
 
     @property
     def foreign(self) -> bool:
@@ -190,7 +212,9 @@ def read(path: Path) -> Target:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"unreadable target file {path}", error) from error
+        raise InputError(
+            f"unreadable target file {path}", error, "a TOML file", "Correct it, or move it away."
+        ) from error
     if "name" in data:
         raise InputError(f"target file {path}", "name", next="The name is that of the file.")
     try:  # as JSON: the strict reading of it takes lists for sets and tables for dataclasses
@@ -200,7 +224,8 @@ def read(path: Path) -> Target:
         broken = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InputError(f"target file {path}", "; ".join(broken)) from error
     check_features(target.features, f"target file {path}")
-    sourced = Target.SOURCED | ({"static_model"} if target.static_model else set())
+    optional = {name for name in ("static_model", "measured") if getattr(target, name)}
+    sourced = Target.SOURCED | optional
     if set(target.sources) != sourced or not all(target.sources.values()):
         raise InputError(f"sources in target file {path}", sorted(target.sources), sorted(sourced))
     return target
@@ -208,9 +233,23 @@ def read(path: Path) -> Target:
 
 def check_features(words: Iterable[str], where: str) -> None:
     """Refuse a feature word outside the vocabulary. Raises: UnknownName naming `where`."""
+    known = vocabulary()
     for word in words:
-        if word not in FEATURES:
-            raise UnknownName(f"feature in {where}", word, FEATURES)
+        if word not in known:
+            raise UnknownName(f"feature in {where}", word, known)
+
+
+@cache
+def vocabulary() -> Mapping[str, Feature]:
+    """All feature words: FEATURES, and tables like it that the entry-point group `hwmpq.features`
+    names. Raises: InputError for a word that is defined twice."""
+    found = dict(FEATURES)
+    for point in entry_points(group=FEATURE_POINTS):
+        for word, feature in point.load().items():
+            if word in found:
+                raise InputError("two features have one name", word, next="Uninstall one of them.")
+            found[word] = feature
+    return found
 
 
 def native() -> Target:
@@ -239,7 +278,9 @@ def host_features(cpuinfo: str | None = None) -> frozenset[str]:
     """The feature words of this CPU, or of one with the given text of /proc/cpuinfo."""
     flags = cpu_flags(cpuinfo)
     return frozenset(
-        word for word, feature in FEATURES.items() if feature.flags and flags >= {*feature.flags}
+        word
+        for word, feature in vocabulary().items()
+        if feature.flags and flags >= {*feature.flags}
     )
 
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from hwmpq.errors import InputError
 from hwmpq.formats import Format
-from hwmpq.kernels.decode import Decoder, decoder
-from hwmpq.kernels.micro import Micro, TileMicro, micros
+from hwmpq.kernels.decode import Decoder
+from hwmpq.kernels.micro import Micro, micros
 from hwmpq.kernels.nests import Call, Nest, Schedule, emit, least_cycles, nests
 from hwmpq.kernels.nests.panel import pack_scales
 from hwmpq.kernels.threads import pays
@@ -113,7 +113,7 @@ class Kernel:
 @cache
 def _kernels(features: frozenset[str]) -> tuple[tuple[Nest, Micro], ...]:
     able = [m for m in micros() if m.requires <= features]
-    return tuple((n, m) for n in nests() for m in able if n.tiled == isinstance(m, TileMicro))
+    return tuple((n, m) for n in nests() for m in able if n.runs(m))
 
 
 def candidates(workload: Workload, fmt: Format, features: frozenset[str]) -> list[Kernel]:
@@ -121,7 +121,7 @@ def candidates(workload: Workload, fmt: Format, features: frozenset[str]) -> lis
     found: list[tuple[float, Kernel]] = []
     for nest, micro in _kernels(features):
         if _reason(nest, micro, workload, fmt) is None:
-            weight = decoder(fmt.weight.name, nest.weight_dtype(micro))
+            weight = nest.decoder(fmt.weight.name, micro)
             assert weight is not None
             kernel = Kernel(nest, micro, weight)
             found.append((nest.estimate(workload, fmt, micro), kernel))
@@ -156,13 +156,13 @@ def kernel_named(name: str, workload: Workload, fmt: Format, features: frozenset
 def _reason(nest: Nest, micro: Micro, workload: Workload, fmt: Format) -> str | None:
     if workload.op not in nest.ops:
         return f"the {nest.name} nest does not run {workload.op}"
-    if fmt.group is not None and nest.weight_dtype(micro) != "float32":
+    if fmt.group is not None and not nest.takes_scales(micro):
         return f"{micro.name} multiplies codes, to which group scales cannot be applied"
     if fmt.group is not None and not nest.grouped:
         return f"the {nest.name} nest applies no group scales"
     reason = micro.why_not(fmt) or nest.why_not(workload, fmt, micro)
     if reason:
         return reason
-    if decoder(fmt.weight.name, nest.weight_dtype(micro)) is None:
+    if nest.decoder(fmt.weight.name, micro) is None:
         return f"no decoder from {fmt.weight.name} weights to {nest.weight_dtype(micro)}"
     return None

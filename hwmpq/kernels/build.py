@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hwmpq import targets
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import encoding_named, format_named
-from hwmpq.kernels import Kernel, guest, kernel_named
+from hwmpq.kernels import Kernel, guest, kernel_named, passes
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.nests import Call, Schedule
 from hwmpq.kernels.sample import Sample, draw, stored
@@ -34,7 +34,8 @@ def library(function: Any, target: Target) -> Any:
     import tvm
 
     module = tvm.IRModule({"main": function})
-    return tvm.compile(module, target=tvm.target.Target(dict(target.tvm)))
+    hardware = tvm.target.Target(dict(target.tvm))
+    return tvm.compile(module, target=hardware, tir_pipeline=passes.pipeline())
 
 
 def assembly(executable: Any) -> str:

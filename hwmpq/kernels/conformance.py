@@ -24,7 +24,9 @@ from hwmpq.kernels import Kernel, best, candidates, guest, kernel_named, why_not
 from hwmpq.kernels.build import assembly, in_call_order, library
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.cover import pairwise
+from hwmpq.kernels.cuda import check as gpu
 from hwmpq.kernels.emulate import emit_emulated
+from hwmpq.kernels.micro.cuda import WarpMicro
 from hwmpq.kernels.nests import Call, Schedule
 from hwmpq.kernels.sample import VALUES, draw, read
 from hwmpq.targets import Target
@@ -38,7 +40,13 @@ KINDS = (
 )  # fmt: skip
 #: Formats with groups of weights, for the grid: short groups and ones that span taps.
 _GROUPED = ("w4.bf16.g8", "w3.fp16.g16", "e4m3.bf16.g64")
+#: As KINDS, for GPUs: what tensor cores multiply, and what is decoded for them.
+GPU_KINDS = (
+    "fp32", "fp16", "bf16", "e4m3", "e5m2", "w8a8", "w4a8", "w2a8", "w8.bf16", "w4.fp16.g64",
+)  # fmt: skip
 EMULATED = "emulated intrinsic"
+#: The other order of the loops; a GPU's tiles have none.
+_TURNED = {"vectors": "rows", "rows": "vectors"}
 #: Factors of an operator's sizes with their levels.
 _Sizes = tuple[tuple[str, tuple[Any, ...]], ...]
 
@@ -75,7 +83,7 @@ _REST: dict[str, Sequence[Any]] = {
 @dataclass(frozen=True)
 class Case:
     """One kernel in one call. schedule: the best by estimate, the last one, or the best with its
-    loops in the other order."""
+    loops in the other order (a GPU's: one from the middle)."""
 
     kernel: str
     call: Call
@@ -91,6 +99,11 @@ class Case:
             f"{self.kernel} {way}, {dims} {c.workload.epilogue or 'plain'}, {self.schedule} "
             f"schedule, {c.threads} threads, {self.values} values, seed {self.seed}"
         )
+
+
+def kinds(target: Target) -> tuple[str, ...]:
+    """The formats of a target's subset."""
+    return GPU_KINDS if target.gpu else KINDS
 
 
 def subset(features: frozenset[str], formats: Iterable[str] = KINDS) -> list[Case]:
@@ -134,13 +147,24 @@ def check(case: Case, target: Target) -> str | None:
 
     Integers must be exact, floats within the rounding of their sums. A kernel whose instructions
     this CPU lacks runs with them emulated (`how`), compiled for this CPU; one of another kind of
-    machine as it is, under the target's emulator.
+    machine as it is, under the target's emulator; one of a GPU is compiled for it and inspected,
+    and its source runs on this CPU.
     """
     import tvm
 
     call = case.call
     kernel = kernel_named(case.kernel, call.workload, call.format, target.features)
     schedule = _schedule(case, kernel)
+    sample = draw(call, case.seed, case.values)
+    shape = sample.answer.right.shape
+    out = _Guarded(int(np.prod(shape)), memory_dtype(call.out))
+    inputs = in_call_order(kernel, call, sample)
+    if target.gpu:
+        function = replace(kernel, timed=schedule).emit(call)
+        cores = isinstance(kernel.micro, WarpMicro) and kernel.micro.tensor_cores
+        if ended := gpu.run(function, target, [*inputs, out.values], cores):
+            return ended
+        return out.wrong() or sample.answer.wrong(read(call.out, out.values.reshape(shape)))
     if not target.foreign and how(kernel) == EMULATED:
         function = emit_emulated(kernel.nest, call, kernel.micro, kernel.decoder, schedule)
     else:
@@ -148,10 +172,6 @@ def check(case: Case, target: Target) -> str | None:
         function = replace(kernel, timed=schedule).emit(call, all_threads=True)
     elsewhere = targets.satisfied_by_host(target) and not target.foreign
     executable = library(function, targets.native() if elsewhere else target)
-    sample = draw(call, case.seed, case.values)
-    shape = sample.answer.right.shape
-    out = _Guarded(int(np.prod(shape)), memory_dtype(call.out))
-    inputs = in_call_order(kernel, call, sample)
     if target.foreign:
         if ended := guest.run(executable, target, inputs, out.values, out.memory):
             return f"ended by {ended} under {target.emulator[0]}"
@@ -180,7 +200,7 @@ def traps(target: Target) -> dict[str, str]:
     seen = set()
     for other in map(targets.load, targets.names()):
         more = other.features - target.features
-        if other.triple != target.triple or not more or other.features in seen:
+        if other.gpu or other.triple != target.triple or not more or other.features in seen:
             continue
         seen.add(other.features)
         call = _call(_probe("linear"), "w8a8", "u8", "", 1)
@@ -300,4 +320,6 @@ def _schedule(case: Case, kernel: Kernel) -> Schedule:
     best = found[0]
     if case.schedule == "best":
         return best
-    return Schedule(best.rows, best.vectors, "rows" if best.order == "vectors" else "vectors")
+    if best.order not in _TURNED:
+        return found[len(found) // 2]
+    return Schedule(best.rows, best.vectors, _TURNED[best.order])

@@ -8,9 +8,11 @@ vector value; scalars have one lane. Everything emitted is plain TIR: the same t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+from hwmpq.kernels.passes import MARK
 
 Expr = Any
 Buffer = Any
@@ -32,6 +34,9 @@ class IR:
     threads: how many share the loops that are said to be parallel.
     """
 
+    #: lanes of a vector at most, where a reduction's definition asks for many
+    widest = 1 << 16
+
     def __init__(self, threads: int = 1) -> None:
         import tvm.tirx as tir
         from tvm.script.ir_builder import IRBuilder
@@ -43,8 +48,12 @@ class IR:
     @contextmanager
     def function(self, name: str = "main") -> Iterator[None]:
         with self._builder, self._t.prim_func(s_tir=True):
-            self._t.func_attr({"global_symbol": name, "tirx.noalias": True})
+            self._t.func_attr({"global_symbol": name, "tirx.noalias": True, MARK: True})
             yield
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around all that a kernel does with its arguments."""
+        return nullcontext()
 
     @contextmanager
     def importing(self, llvm: str) -> Iterator[None]:

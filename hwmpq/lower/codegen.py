@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hwmpq.kernels import passes
 from hwmpq.lower.fallback import fallback_schedule
 from hwmpq.targets import Target
 
@@ -51,7 +52,10 @@ def compile_module(
                 ]
             )(mod)
 
-    built = relax.build(module, hardware, relax_pipeline=pipeline, system_lib=system_lib)
+    built = relax.build(
+        module, hardware, relax_pipeline=pipeline, tir_pipeline=passes.pipeline(),
+        system_lib=system_lib,
+    )  # fmt: skip
     return built, planned[-1]
 
 

@@ -79,9 +79,10 @@ def _op(workload: Workload, kernel: Kernel, done: Work) -> dict[str, float]:
     if unknown:
         raise InputError(f"epilogue of {workload.op}", "+".join(unknown), EPILOGUE)
     g = done.g
+    on_cpus = [nest.name for nest in nests() if not nest.on_gpu]  # no model is of a GPU yet
     return {
         **{f"op_{op}": float(workload.op == op) for op in LAYER_OPS},
-        **{f"nest_{nest.name}": float(kernel.nest.name == nest.name) for nest in nests()},
+        **{f"nest_{name}": float(kernel.nest.name == name) for name in on_cpus},
         "grouped": float(workload.op == "conv2d" and g.groups > 1),
         "pointwise": float(g.kh == g.kw == 1),
         **{f"epilogue_{word}": float(word in present) for word in EPILOGUE},

@@ -83,7 +83,8 @@ def test_the_installed_pair_tensorizes(tmp_path: Path) -> None:
 
 
 def test_tvm_takes_every_shipped_target(tmp_path: Path) -> None:
-    wanted = [targets.load(name).tvm for name in targets.names()]
+    found = map(targets.load, targets.names())
+    wanted = [target.tvm for target in found if not target.gpu]
     said = run(TARGETS, tmp_path, *map(json.dumps, wanted)).split()
     assert said == [target["mcpu"] for target in wanted]
 

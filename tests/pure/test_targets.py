@@ -14,8 +14,8 @@ from hwmpq.errors import InputError, UnknownName
 FLAGS = {word: " ".join(feature.flags) for word, feature in targets.FEATURES.items()}
 SHIPPED = [
     "arm-cortex-a53", "arm-cortex-a72", "arm-cortex-a76", "arm-neoverse-n2", "arm-pixel-6",
-    "arm-raspberry-pi-4", "arm-raspberry-pi-5", "riscv64-v", "x86-amx", "x86-avx-vnni",
-    "x86-avx2", "x86-avx512-vnni",
+    "arm-raspberry-pi-4", "arm-raspberry-pi-5", "cuda-jetson-orin", "cuda-sm80", "cuda-sm89",
+    "cuda-sm90", "riscv64-v", "x86-amx", "x86-avx-vnni", "x86-avx2", "x86-avx512-vnni",
 ]  # fmt: skip
 
 

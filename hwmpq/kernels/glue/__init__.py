@@ -15,6 +15,7 @@ from typing import Any
 
 from hwmpq import kernels
 from hwmpq.errors import UnknownName
+from hwmpq.kernels.cuda.grid import GridIR
 from hwmpq.kernels.glue.call import GlueCall, Operand, parameters
 from hwmpq.kernels.glue.frame import Frame
 from hwmpq.kernels.glue.move import planned
@@ -44,9 +45,11 @@ def emit(call: GlueCall) -> Any:
     emitters = operators()
     if call.op not in emitters:
         raise UnknownName("glue operator", call.op, emitters)
-    ir = IR(call.threads)
+    ir = GridIR(call.out.size) if call.grid else IR(call.threads)
     with ir.function():
-        emitters[call.op](Frame.of(ir, call))
+        frame = Frame.of(ir, call)
+        with ir.running():
+            emitters[call.op](frame)
     return ir.result()
 
 

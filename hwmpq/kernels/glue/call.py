@@ -93,9 +93,14 @@ class GlueCall:
             return ("b",) if len(self.inputs) == 1 else ()
         return _ROLES.get(self.op, ())
 
+    @property
+    def grid(self) -> bool:
+        """Do the threads of a GPU run it? Only theirs are registers of one number."""
+        return self.vector_bytes == 4
+
     def pays(self, elements: int) -> bool:
-        """Whether a loop over so many elements is worth the thread pool."""
-        return pays(self.threads, elements * _CYCLES.get(self.op, _FEW_CYCLES))
+        """Whether a loop over so many elements is worth the thread pool; a grid is always there."""
+        return self.grid or pays(self.threads, elements * _CYCLES.get(self.op, _FEW_CYCLES))
 
     def role_size(self, role: str) -> int:
         """Elements of a parameter as the kernel gets it."""

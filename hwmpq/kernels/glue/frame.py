@@ -53,8 +53,8 @@ class Frame:
     @property
     def wide(self) -> int:
         """fp32 lanes of four registers: they need not wait for each other, and codes of four are
-        packed together."""
-        return 4 * self.lanes
+        packed together. A thread of a grid has one."""
+        return 1 if self.call.grid else 4 * self.lanes
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -118,6 +118,8 @@ class Frame:
 
 
 def dtype_lanes(call: GlueCall, dtype: Any) -> int:
-    """Lanes of a register of stored elements."""
+    """Lanes of a register of stored elements; a thread of a grid has one element."""
+    if call.grid:
+        return 1
     bits = {"float32": 32, "uint16": 16, "uint8": 8, "int8": 8}[dtype]
     return call.vector_bytes * 8 // bits

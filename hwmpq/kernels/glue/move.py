@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
+from hwmpq.errors import InputError
 from hwmpq.kernels.codes import ZERO, memory_dtype
 from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.kernels.glue.frame import Frame, dtype_lanes
@@ -45,7 +46,7 @@ class Copy:
         unit = read.index(1) if 1 in read else None
         inner = self.space.extents[-1]
         square = min(self.frame.lanes if self.convert else self.lanes, _SQUARE)
-        if read[-1] in (0, 1) or unit is None:
+        if read[-1] in (0, 1) or unit is None or self.frame.call.grid:
             self._walk(self.space, self.lanes, self._straight)
         elif inner <= _INTERLEAVED and write[unit] == inner:
             self._walk(self._without_inner(unit), self.lanes, self._interleaved)
@@ -102,6 +103,8 @@ def rearrange(frame: Frame) -> None:
     call, ir = frame.call, frame.ir
     source = frame.inputs[0]
     *before, last = planned(call)
+    if before and call.grid:
+        raise InputError("a rearrangement in several passes", call.attrs, "one pass on a GPU")
     for view in before:
         space = _space(view)
         scratch = ir.scratch(prod(view.shape), memory_dtype(call.inputs[0].encoding))
@@ -150,8 +153,13 @@ def concat(frame: Frame) -> None:
 
 
 def pad(frame: Frame) -> None:
-    """The code of 0 everywhere, then the input inside."""
+    """The code of 0 everywhere, then the input inside.
+
+    Raises InputError for a GPU, whose threads do not wait for each other in between.
+    """
     call, ir = frame.call, frame.ir
+    if call.grid:
+        raise InputError("a padding that no layer reads", call.attrs, "none on a GPU")
     dtype = memory_dtype(call.out.encoding)
     zero = ir.const(0, dtype)
     if is_integer(call.out.encoding):

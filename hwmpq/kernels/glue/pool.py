@@ -9,6 +9,7 @@ from math import prod
 
 from hwmpq.errors import InputError
 from hwmpq.kernels.codes import memory_dtype
+from hwmpq.kernels.cuda.grid import GridIR
 from hwmpq.kernels.glue.call import GlueCall
 from hwmpq.kernels.glue.frame import Frame, dtype_lanes
 from hwmpq.kernels.glue.walk import spans
@@ -45,14 +46,25 @@ class Window:
     @contextmanager
     def pixels(self, ir: IR, parallel: bool) -> Iterator[tuple[Expr, Expr, Expr, Expr]]:
         """image, first row and column under the window (may lie outside), element of the result."""
+        with self._places(ir, parallel) as (image, row, column):
+            out = ((image * self.oh + row) * self.ow + column) * self.c
+            (sh, sw), (top, left) = self.stride, self.corner
+            yield image, row * sh - top, column * sw - left, out
+
+    @contextmanager
+    def _places(self, ir: IR, parallel: bool) -> Iterator[tuple[Expr, Expr, Expr]]:
+        """Image, row and column of the result: three loops, of a grid one over all pixels."""
+        if isinstance(ir, GridIR):
+            with ir.loop(self.n * self.oh * self.ow, parallel=True) as pixel:
+                line = pixel // self.ow
+                yield line // self.oh, line % self.oh, pixel % self.ow
+            return
         with (
             ir.loop(self.n) as image,
             ir.loop(self.oh, parallel) as row,
             ir.loop(self.ow) as column,
         ):
-            out = ((image * self.oh + row) * self.ow + column) * self.c
-            (sh, sw), (top, left) = self.stride, self.corner
-            yield image, row * sh - top, column * sw - left, out
+            yield image, row, column
 
 
 def max_pool2d(frame: Frame) -> None:

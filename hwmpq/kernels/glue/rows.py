@@ -40,16 +40,26 @@ def reduced(
 ) -> Expr:
     """All values of a row joined to one scalar, `wide` at a time. start: what changes nothing."""
     width = min(wide, 1 << (size.bit_length() - 1))
+    lanes = min(width, ir.widest)
+    parts = range(0, width, lanes)
     acc = ir.local(width, "float32")
-    neutral = ir.const(start, "float32", width)
-    ir.store(acc, 0, neutral, width)
-    for at, n, repeated in spans(ir, size, width):
-        x = read(at, n)
-        if repeated:
-            seen = ir.less(ir.ramp(n), ir.const(repeated, "int32", n))
-            x = ir.select(seen, neutral, x)
-        ir.store(acc, 0, join(ir.load(acc, 0, n), x), n)
-    return ir.let(vmath.total(ir, ir.load(acc, 0, width), width, join))
+    neutral = ir.const(start, "float32", lanes)
+    for part in parts:
+        ir.store(acc, part, neutral, lanes)
+    for at, _, repeated in spans(ir, size, width):
+        for part in parts:
+            if part + lanes <= repeated:
+                continue
+            x = read(at + part, lanes)
+            if part < repeated:
+                seen = ir.less(ir.ramp(lanes), ir.const(repeated - part, "int32", lanes))
+                x = ir.select(seen, neutral, x)
+            ir.store(acc, part, join(ir.load(acc, part, lanes), x), lanes)
+    sums = [ir.load(acc, part, lanes) for part in parts]
+    while len(sums) > 1:
+        half = len(sums) // 2
+        sums = [ir.let(join(a, b)) for a, b in zip(sums[:half], sums[half:], strict=True)]
+    return ir.let(vmath.total(ir, sums[0], lanes, join))
 
 
 def added(ir: IR, size: int, read: Read) -> Expr:
@@ -81,7 +91,7 @@ def by_rows(frame: Frame, stages: Callable[[Frame, int, int], Sequence[Stage]]) 
         raise InputError(f"layout of a {call.op}", ", ".join(sorted(layouts)), "plain")
     size = call.out.shape[-1]
     count = call.out.size // size
-    many = max(1, min(_UNDER_WAY, _NEAR // size, count))
+    many = 1 if call.grid else max(1, min(_UNDER_WAY, _NEAR // size, count))
     with ir.loop(-(-count // many), call.pays(call.out.size)) as block:
         start = block * many
         if count % many:  # the last block shares rows with its neighbour

@@ -72,6 +72,17 @@ def spans(ir: IR, size: int, lanes: int, parallel: bool = False) -> Iterator[tup
         yield size - lanes, lanes, lanes - size % lanes
 
 
+def _places(space: Space, index: Expr) -> list[Expr]:
+    """Where an element lies in each buffer, by its number among all."""
+    at: list[Expr] = list(space.offsets)
+    for axis in reversed(range(len(space.extents))):
+        extent = space.extents[axis]
+        along = index % extent if axis else index
+        index = index // extent
+        at = [a + along * s[axis] for a, s in zip(at, space.strides, strict=True)]
+    return at
+
+
 def walk(ir: IR, space: Space, lanes: int, call: GlueCall, body: Body, terms: int = 1) -> None:
     """Run the body over all elements; the outermost loop is parallel when that pays.
 
@@ -79,6 +90,10 @@ def walk(ir: IR, space: Space, lanes: int, call: GlueCall, body: Body, terms: in
     """
     *outer, inner = space.extents
     steps = tuple(s[-1] for s in space.strides)
+    if call.grid:
+        with ir.loop(prod(space.extents), parallel=True) as index:
+            body(_places(space, index), steps, 1)
+        return
     parallel = call.pays(prod(space.extents) * terms)
     with ExitStack() as stack:
         at = list(space.offsets)

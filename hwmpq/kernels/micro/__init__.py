@@ -1,7 +1,8 @@
 """Micro-kernels: what one instruction set does with a vector of weights. One file per set.
 
-A file defines `MICROS`; the folder is the registry. A micro-kernel knows nothing of convolutions,
-packing or epilogues: it broadcasts activations and accumulates `lanes` output channels at a time.
+A file defines `MICROS`; the folder is the registry, and other packages add to it by the entry-point
+group `hwmpq.micro_kernels`. A micro-kernel knows nothing of convolutions, packing or epilogues: it
+broadcasts activations and accumulates `lanes` output channels at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from pkgutil import iter_modules
 
 from hwmpq.formats import Format
@@ -201,10 +203,13 @@ class TileMicro(Micro):
 
 @cache
 def micros() -> tuple[Micro, ...]:
-    """Every micro-kernel of the folder, sorted by name; a duplicate name is refused."""
+    """Every micro-kernel of the folder, and of modules with MICROS that the entry-point group
+    `hwmpq.micro_kernels` names, sorted by name; a duplicate name is refused."""
+    modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
+    modules += [point.load() for point in entry_points(group="hwmpq.micro_kernels")]
     found: dict[str, Micro] = {}
-    for info in iter_modules(__path__):
-        for micro in import_module(f"{__name__}.{info.name}").MICROS:
+    for module in modules:
+        for micro in module.MICROS:
             if micro.name in found:
                 raise ValueError(f"micro-kernel {micro.name!r} is defined twice")
             found[micro.name] = micro

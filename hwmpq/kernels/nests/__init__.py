@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from hwmpq.errors import InputError
 from hwmpq.formats import Format
 from hwmpq.kernels.codes import memory_dtype
-from hwmpq.kernels.decode import Decoder
+from hwmpq.kernels.decode import Decoder, decoder
 from hwmpq.kernels.epilogue import EpilogueEmitter
 from hwmpq.kernels.ir import IR, Buffer
-from hwmpq.kernels.micro import Micro
+from hwmpq.kernels.micro import Micro, TileMicro
+from hwmpq.kernels.micro.cuda import ThreadMicro, WarpMicro
 from hwmpq.requantize import SCALARS
 from hwmpq.types import Workload
 
@@ -46,7 +47,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Schedule:
-    """rows × vectors: the register block; order: which loop is outside, 'vectors' or 'rows'."""
+    """rows × vectors: the register block; order: which loop is outside, 'vectors' or 'rows'.
+
+    On a GPU the tile of a block of threads, and how many lines of it are under way: 'stages3'.
+    """
 
     rows: int
     vectors: int
@@ -60,7 +64,7 @@ class Schedule:
     @staticmethod
     def parse(text: str) -> Schedule:
         """The reverse of `text`. Raises InputError."""
-        match = re.fullmatch(r"(\d+)x(\d+)\.(vectors|rows)", text)
+        match = re.fullmatch(r"(\d+)x(\d+)\.(vectors|rows|stages\d)", text)
         if match is None:
             raise InputError("schedule", repr(text), "such as 6x2.vectors or 4x3.rows")
         return Schedule(int(match[1]), int(match[2]), match[3])
@@ -75,6 +79,21 @@ class Nest(ABC):
     tiled: bool = False
     #: whether it applies scales of groups of weights
     grouped: bool = False
+    #: whether it is for blocks of a GPU's threads
+    on_gpu: bool = False
+
+    def runs(self, micro: Micro) -> bool:
+        """Whether it is made for that kind of micro-kernel."""
+        on_gpu = isinstance(micro, WarpMicro | ThreadMicro)
+        return not on_gpu and self.tiled == isinstance(micro, TileMicro)
+
+    def builder(self, call: Call) -> IR:
+        """What its loops are emitted with."""
+        return IR(call.threads)
+
+    def decoder(self, encoding: str, micro: Micro) -> Decoder | None:
+        """From a weight encoding to what the micro-kernel multiplies, or None."""
+        return decoder(encoding, self.weight_dtype(micro))
 
     @abstractmethod
     def why_not(self, workload: Workload, fmt: Format, micro: Micro) -> str | None:
@@ -83,6 +102,10 @@ class Nest(ABC):
     def weight_dtype(self, micro: Micro) -> str:
         """dtype to which the nest has its weights decoded."""
         return micro.w_dtype
+
+    def takes_scales(self, micro: Micro) -> bool:
+        """Whether scales of groups can be applied to what it multiplies: to floats of 32 bits."""
+        return self.weight_dtype(micro) == "float32"
 
     @abstractmethod
     def channels(self, workload: Workload, micro: Micro) -> int:
@@ -187,7 +210,7 @@ def least_cycles(call: Call, micro: Micro) -> float:
 
 def emit(nest: Nest, call: Call, micro: Micro, decoder: Decoder, schedule: Schedule) -> Any:
     """The PrimFunc of a kernel; `call.threads` share its parallel loops."""
-    ir = IR(call.threads)
+    ir = nest.builder(call)
     with ir.function():
         buffers = arguments(ir, nest, call, micro, decoder)
         with ir.importing(micro.llvm):

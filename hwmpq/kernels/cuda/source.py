@@ -1,0 +1,122 @@
+"""CUDA C of a PrimFunc, by TVM's code generator, without what it puts in front."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hwmpq.kernels.cuda.ir import LAUNCH
+from hwmpq.targets import Target
+
+FOLDER = Path(__file__).parent
+_PIPELINE = "hwmpq.cuda"
+_FUNCTION = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\)')
+#: The declaration of the memory that a block shares.
+SHARED = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One function that a grid runs. arguments: (type, name) in order."""
+
+    name: str
+    threads: int
+    arguments: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """blocks: along x and y; shared_bytes: of each block."""
+
+    blocks: tuple[int, int]
+    shared_bytes: int
+
+
+def prelude(instructions: str) -> str:
+    """What stands before a kernel: the instructions of 'device' or 'host'."""
+    return "".join((FOLDER / f"{part}.cuh").read_text() for part in (instructions, "common"))
+
+
+def kernels_of(code: str) -> list[Kernel]:
+    """The kernels that a text declares."""
+    found = {}
+    for threads, name, arguments in _FUNCTION.findall(code):
+        pairs = [re.sub(r"__restrict__", "", a).rsplit(None, 1) for a in arguments.split(",")]
+        found[name] = Kernel(name, int(threads), tuple((t.strip(), n) for t, n in pairs))
+    return list(found.values())
+
+
+def body(code: str) -> str:
+    """A text of TVM's without its own prelude."""
+    return code[code.index('extern "C" __global__') :]
+
+
+def tvm_target(target: Target) -> Any:
+    """With the CPU as the host of its chip."""
+    import tvm
+
+    return tvm.target.Target(dict(target.tvm), host={"kind": "llvm"})
+
+
+def build(function: Any, target: Target) -> Any:
+    """A tvm executable: host code, and one CUDA module that is not compiled yet."""
+    import tvm
+
+    module = tvm.IRModule({"main": function})
+    return tvm.compile(module, target=tvm_target(target), tir_pipeline=pipeline())
+
+
+def code_of(executable: Any) -> str:
+    """The CUDA C of an executable, without TVM's prelude."""
+    return body(executable.mod.imports[0].inspect_source())
+
+
+def launch(function: Any) -> Launch:
+    """Of a PrimFunc of `CudaIR`."""
+    x, y, shared = (int(n) for n in function.attrs[LAUNCH])
+    return Launch((x, y), shared)
+
+
+@cache
+def pipeline() -> str:
+    """Name of the passes that kernels of `CudaIR` need. TVM's own would shrink shared memory to
+    what its index analysis sees, and put barriers of its own between ours."""
+    import tvm
+    from tvm import s_tir, tirx
+    from tvm.tirx import compilation_pipeline
+
+    passes = tvm.transform.Sequential(
+        [
+            s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+            s_tir.transform.ConvertBlocksToOpaque(),
+            s_tir.transform.UnifyThreadBinding(),
+            s_tir.transform.LowerOpaqueBlock(),
+            tirx.transform.StmtSimplify(),
+            tirx.transform.FlattenBuffer(),
+            tirx.transform.NarrowDataType(32),
+            tirx.transform.VectorizeLoop(True),
+            tirx.transform.UnrollLoop(),
+            tirx.transform.StmtSimplify(),
+            tirx.transform.VerifyMemory(),
+            tirx.transform.AnnotateEntryFunc(),
+            tirx.transform.SplitHostDevice(),
+            tirx.transform.MakePackedAPI(),
+        ]
+    )
+
+    @tvm.transform.module_pass(opt_level=0, name=_PIPELINE)  # type: ignore[untyped-decorator,unused-ignore]
+    def run(module: Any, _context: Any) -> Any:
+        return passes(module)
+
+    compilation_pipeline.register_tir_pipeline(
+        _PIPELINE,
+        lambda: (
+            run,
+            compilation_pipeline.finalize_host_passes,
+            compilation_pipeline.finalize_device_passes,
+        ),
+    )
+    return _PIPELINE
