@@ -17,9 +17,6 @@ from hwmpq.methods.study import Chosen, Method, Study
 from hwmpq.stages.job import Options
 from hwmpq.types import Problem
 
-#: Names that the contract knows and this version does not have.
-_ABSENT = ("fliqs-nas",)
-
 
 @cache
 def _registry() -> dict[str, Method]:
@@ -41,10 +38,9 @@ def names() -> tuple[str, ...]:
 
 
 def named(name: str) -> Method:
-    """Raises UnknownName, which says so where the method is only absent from this version."""
+    """Raises UnknownName."""
     if name not in _registry():
-        absent = f"The method {name} is not implemented in this version."
-        raise UnknownName("method", name, names(), absent if name in _ABSENT else "")
+        raise UnknownName("method", name, names())
     return _registry()[name]
 
 

@@ -1,10 +1,13 @@
 """The hyperparameters of a plan's numbers, searched on a cheap proxy of its true loss.
 
-Proxy: the squared error of the logits on a few held-out images, in chunks. Every image counts
-alike in it, while in the loss, and in KL, the few whose class is in doubt drown the settings'
-differences on so few images. A setting that does badly on the first ones is given up (Optuna's
-median pruner; settings are proposed by its tree-structured Parzen estimator, Bergstra et al.,
-NeurIPS 2011), so what ranks settings is their error relative to the default's on the same images.
+Proxy: the root of KL(float ‖ rounded) on a few held-out images, in chunks. In the loss, and in KL
+itself, the few images whose class is in doubt drown the settings' differences; the squared error of
+the logits also counts what no class depends on. (ResNet-20 in w4a4, 39 settings: rank correlation
+of 64 images with cross entropy on 704 others: root 0.66, squared error 0.52, cross entropy 0.44;
+one half of all 768 with the other half in cross entropy: 0.64.) A setting that does badly on the
+first ones is given up (Optuna's median pruner; settings are proposed by its tree-structured Parzen
+estimator, Bergstra et al., NeurIPS 2011), so what ranks settings is their value relative to the
+default's on the same images.
 The best few by the proxy, the default and some of the others are then judged by the loss on all
 held-out images, and the best of those is taken; so the result is never worse than the default
 there, and the proxy's rank correlation with the full judgement is known.
@@ -24,6 +27,7 @@ from scipy import stats
 from hwmpq.methods.study import Judged, Setting, Study
 from hwmpq.quantize.ptq import OF_MENU
 from hwmpq.quantize.ranges import Method as Ranges
+from hwmpq.quantize.scores import LOSSES
 from hwmpq.types import Assignment
 
 if TYPE_CHECKING:
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 #: Settings that the proxy judges, chunks of it, and images of a chunk.
 SETTINGS, CHUNKS, CHUNK = 36, 4, 16
 #: The proxy's loss, as `--loss` names it.
-LOSS = "hwmpq.methods.proxy:logit_error"
+LOSS = "hwmpq.methods.proxy:root_divergence"
 #: Trials at most, as one may propose a setting again; that one costs nothing.
 TRIALS = 4 * SETTINGS
 #: Settings that are judged in full: the best by the proxy, and others spread over the rest.
@@ -99,10 +103,9 @@ def relative(found: Mapping[Setting, Sequence[Judged]]) -> dict[Setting, float]:
     return {s: _mean(chunks) / (_mean(usual[: len(chunks)]) or 1.0) for s, chunks in found.items()}
 
 
-def logit_error(outputs: Tensor, batch: Batch) -> Tensor:
-    """Squared error of the logits [N], less what all of a sample share, which no softmax sees."""
-    error = (outputs.double() - batch.reference.double()).flatten(1)
-    return (error - error.mean(1, keepdim=True)).square().sum(1)
+def root_divergence(outputs: Tensor, batch: Batch) -> Tensor:
+    """√KL(float ‖ outputs) of each sample, [N]; rounding may leave KL just below 0."""
+    return LOSSES["kl"](outputs, batch).clamp_min(0).sqrt()
 
 
 def suggested(trial: optuna.Trial) -> Setting:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,16 +22,17 @@ from hwmpq.quantize.simulate import Simulator
 from hwmpq.quantizers import Quantizers
 from hwmpq.search import solve
 from hwmpq.stages.choose import least_loss
-from hwmpq.stages.facts import PERCENTILE, RANGES, SENSITIVITY_VERSION, calibrate, sensitivities
+from hwmpq.stages.facts import PERCENTILE, RANGES, SENSITIVITY_VERSION, observe, sensitivities
 from hwmpq.stages.job import PTQ
 from hwmpq.stages.verify import float_logits
 from hwmpq.types import Problem, Sensitivity, Solution, digest
 
 if TYPE_CHECKING:
     from hwmpq.stages.facts import Facts
-    from hwmpq.stages.job import Job, Options
+    from hwmpq.stages.job import Images, Job, Options, Progress
 
 T = TypeVar("T")
+GetImages: TypeAlias = "Callable[[Job], Images]"
 
 #: Seconds that judging plans may take, where --max-time does not say.
 SECONDS = 120.0
@@ -73,12 +74,15 @@ class Method:
 
     estimators: those it can work with, its own first; () for any. solver: its own; None: ilp.
     trained: of a method that trains: raises InputError for options that its training cannot take.
+    design: of a method that finds the network, too: what `quantize_model` is given -> a
+    LoadedModel, and the options of a job for that.
     """
 
     choose: Callable[[Study, Problem], Chosen]
     estimators: tuple[str, ...] = ()
     solver: str | None = None
     trained: Callable[[Options], object] | None = None
+    design: Callable[[Options, Progress, GetImages, Any], tuple[Any, Options]] | None = None
 
 
 def by_estimate(study: Study, problem: Problem) -> Chosen:
@@ -148,11 +152,14 @@ class Study:
         return self._made[1]
 
     def _calibrated(self, setting: Setting, assignment: Mapping[str, str]) -> Quantizers:
-        menu = replace(self.facts.menu, formats=tuple(dict.fromkeys(assignment.values())))
-        return calibrate(
-            self.job, self.facts.images, menu, setting.ranges, setting.percentile, setting.steps,
-            setting.search,
-        )  # fmt: skip
+        """Settings share the passes over the images, and what else they have in common."""
+        formats, equalize = sorted({*assignment.values()}), "equalize" in setting.steps
+        seen = self.once(
+            f"observed|{formats}|{equalize}",
+            lambda: observe(self.job, self.facts.images, formats, equalize),
+        )
+        bias = "bias" in setting.steps
+        return seen.quantizers(setting.ranges, setting.percentile, bias, setting.search)
 
     def judge(
         self, assignment: Mapping[str, str], setting: Setting | None = None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,17 @@ class Trained:
     quantizers: Quantizers
     loss: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A step's batch before the step: mean loss and accuracy, and the float model's on it.
+    Without labels an accuracy is agreement with the float model."""
+
+    loss: float
+    accuracy: float
+    float_loss: float
+    float_accuracy: float
 
 
 class Training:
@@ -205,25 +216,24 @@ class Course:
 
     def step(
         self,
-        simulator: Simulator,
+        network: Callable[[Tensor], Sequence[Tensor]],
         optimizer: torch.optim.Adam,
         k: int,
         adjust: Callable[[], None] = lambda: None,
         part: slice = slice(None),
-    ) -> tuple[float, float]:
-        """Step k on a simulator of the optimizer's parameters: loss before it, and accuracy.
+    ) -> Taught:
+        """Step k on a network of the optimizer's parameters: its first output is taught.
 
-        adjust: what is done to the gradients first; part: of the step's samples. Accuracy:
-        agreement with the float model without labels. Raises InputError where the loss is no
-        number any more.
+        adjust: what is done to the gradients first; part: of the step's samples. Raises InputError
+        where the loss is no number any more.
         """
-        whole, truth = samples_of(self.data, self.settings, k)
+        whole, known = samples_of(self.data, self.settings, k)
         x = whole[part].to(self.device)
-        labels = None if truth is None else truth[part].to(self.device)
+        labels = None if known is None else known[part].to(self.device)
         with torch.no_grad():
             wanted = evaluate(self.graph, named(self.graph, x), constants=self._teacher)
         soft = wanted[self.graph.outputs[0]].flatten(1)
-        found = simulator(x)[0].flatten(1)
+        found = network(x)[0].flatten(1)
         loss = _loss(found, soft, labels, self.settings.distill)
         for group in optimizer.param_groups:
             group["lr"] = self.settings.rate * (1 + math.cos(math.pi * k / self.settings.steps)) / 2
@@ -234,8 +244,10 @@ class Course:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise InputError(f"loss of step {k}", value, "a number", "Use a smaller rate.")
-        right = found.argmax(1) == (soft.argmax(1) if labels is None else labels)
-        return value, float(right.float().mean())
+        truth = soft.argmax(1) if labels is None else labels
+        right, best = ((y.argmax(1) == truth).float().mean() for y in (found, soft))
+        least = _loss(soft, soft, labels, self.settings.distill)
+        return Taught(value, float(right), float(least), float(best))
 
 
 def finetune(
@@ -260,7 +272,7 @@ def finetune(
     course = Course(graph, data, settings)
     began = time.perf_counter()
     for k in range(len(losses), settings.steps):
-        losses.append(course.step(run.simulator, optimizer, k)[0])
+        losses.append(course.step(run.simulator, optimizer, k).loss)
         if checkpoint and (k + 1) % settings.checkpoint == 0:
             checkpoints.write(checkpoint, run.parameters, [optimizer], run.key, losses)
         note(k + 1, losses[-1])

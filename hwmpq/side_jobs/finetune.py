@@ -11,6 +11,7 @@ import numpy as np
 
 from hwmpq.artifact.folder import write_json
 from hwmpq.errors import InputError
+from hwmpq.graph import Graph
 from hwmpq.quantizers import Quantizers
 from hwmpq.side_jobs.compile import checked
 from hwmpq.stages.facts import calibrate
@@ -98,9 +99,13 @@ def _settings(training: Training, images: int, seed: int) -> Settings:
 
 
 def accuracies(
-    job: Job, assignment: Mapping[str, str], numbers: Mapping[str, Quantizers], test: Any
-) -> dict[str, Any]:
-    """Float's and each quantizers' score in the exact simulator, and the drops."""
+    job: Job, assignment: Mapping[str, str], numbers: Mapping[str, Quantizers], test: Any,
+    graph: Graph | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Float's and each quantizers' score in the exact simulator, and the drops.
+
+    graph: of another network for the same task, whose drops are from the job's float model.
+    """
     import torch
 
     from hwmpq.quantize.judge import judge, predict
@@ -110,7 +115,7 @@ def accuracies(
     labels = None if test.labels is None else torch.from_numpy(np.asarray(test.labels))
     found: dict[str, Any] = {}
     for name, quantizers in numbers.items():
-        outputs = predict(Simulator(job.graph, assignment, quantizers), test)
+        outputs = predict(Simulator(graph or job.graph, assignment, quantizers), test)
         judged = judge(reference, outputs, labels, job.options.metric)
         found |= {"metric": judged.metric, "float": judged.float, "n": judged.n}
         found[name] = {

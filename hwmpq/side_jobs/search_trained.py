@@ -14,14 +14,13 @@ import numpy as np
 
 from hwmpq import methods
 from hwmpq.artifact.folder import write_json
-from hwmpq.errors import InputError
 from hwmpq.methods.fliqs.ranks import leads
+from hwmpq.methods.fliqs.targets import latency_target
 from hwmpq.methods.study import Study
 from hwmpq.quantizers import Quantizers
 from hwmpq.search.problem_file import write_problem
 from hwmpq.side_jobs.finetune import accuracies
 from hwmpq.side_jobs.search import known_latencies, limit_of_prices, priced_problem
-from hwmpq.stages import budget as budgets
 from hwmpq.stages.choose import given_limits, make_problem, within
 from hwmpq.stages.facts import Facts
 from hwmpq.stages.job import Job, Options, Progress, Silent, load_images, open_job, train_folder
@@ -36,14 +35,7 @@ def search_by_training(
 ) -> dict[str, Any]:
     """save: where the problem goes. Raises InputError, InfeasibleError."""
     options = methods.settle(options)
-    limit = budgets.parse_latency(options.latency)
-    sums = budgets.parse_sums(options.max_size, options.max_bops)
-    if options.max_drop is not None or (limit and limit.fastest) or not (limit or sums):
-        raise InputError(
-            f"budget of a search by {options.method}", options.latency or options.max_drop,
-            "--latency (a time or a share), --max-size, --max-bops: one or more",
-            "Its reward compares costs with targets; `hwmpq quantize` takes --max-drop.",
-        )  # fmt: skip
+    limit = latency_target(options)
     job = open_job(options, progress or Silent())
     with job.store:
         images = load_images(job)

@@ -15,8 +15,9 @@ import torch
 from hwmpq.data import DataSet, checked, from_arrays
 from hwmpq.formats import bops, format_named
 from hwmpq.graph import Graph, Node, network_of
+from hwmpq.methods.fliqs.searched import Searched
 from hwmpq.methods.fliqs.settings import Settings
-from hwmpq.methods.fliqs.train import Searched, search
+from hwmpq.methods.fliqs.train import search
 from hwmpq.quantize.calibrate import calibrate
 from hwmpq.quantize.interpret import evaluate
 from hwmpq.types import Problem

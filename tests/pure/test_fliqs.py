@@ -17,7 +17,8 @@ import torch
 from fliqs_run import MENU, SETTINGS, data, network, posed, run
 
 from hwmpq.errors import InputError, UnknownName
-from hwmpq.methods.fliqs.policy import Policy, cost_gap
+from hwmpq.methods.fliqs.policy import DRAWS, Policy, gaps, shares
+from hwmpq.methods.fliqs.searched import most_probable
 from hwmpq.methods.fliqs.settings import Settings, parsed
 from hwmpq.methods.fliqs.space import Space, space_of, with_blocks
 from hwmpq.quantize.simulate import Simulator
@@ -25,7 +26,7 @@ from hwmpq.search import solve
 from hwmpq.search.evaluate import evaluate, index_of
 from hwmpq.types import Problem, Transition
 
-STEPS = 1000
+STEPS = 500
 PROGRAM = Path(__file__).with_name("fliqs_run.py")
 
 
@@ -47,16 +48,14 @@ def bandit(problem: Problem, settings: Settings) -> tuple[Space, Policy]:
     policy, rng = Policy(space.allowed, STEPS, settings), np.random.default_rng(settings.seed)
     for step in range(STEPS):
         drawn = policy.draw(step)
-        plan = space.formats(drawn)
-        loss = float(evaluate(problem, plan).of("loss")) + 0.02 * rng.standard_normal()
-        policy.learn(step, drawn, policy.reward(-loss, cost_gap(problem, plan)))
+        plans = space.formats(drawn)
+        loss = float(evaluate(problem, plans[0]).of("loss")) + 0.02 * rng.standard_normal()
+        policy.learn(step, drawn, -loss, gaps(shares(problem, plans)))
     return space, policy
 
 
 def reward(problem: Problem, plan: np.ndarray) -> float:
-    return -float(evaluate(problem, plan).of("loss")) - abs(
-        1 - cost_gap(problem, plan)["latency_s"]
-    )
+    return -float(evaluate(problem, plan).of("loss")) - abs(1 - shares(problem, plan)["latency_s"])
 
 
 def test_the_policy_finds_what_exhaustive_finds() -> None:
@@ -70,7 +69,7 @@ def test_the_policy_finds_what_exhaustive_finds() -> None:
     better = sum(reward(problem, other) >= reward(problem, oracle) for other in others)
     assert better <= 5, "the oracle's plan is one of the best by the reward, too"
     assert reward(problem, plan) > reward(problem, oracle) - 0.03
-    assert cost_gap(problem, plan)["latency_s"] == pytest.approx(1, abs=0.05)
+    assert shares(problem, plan)["latency_s"] == pytest.approx(1, abs=0.05)
 
 
 def test_the_penalty_on_entropy_rises_with_a_cosine() -> None:
@@ -82,11 +81,23 @@ def test_the_penalty_on_entropy_rises_with_a_cosine() -> None:
 def test_warming_up_draws_evenly_and_never_what_is_not_allowed() -> None:
     allowed = np.array([[True, False, True], [False, True, False], [True, True, True]])
     policy = Policy(allowed, 1000, Settings(warmup=0.5))
-    drawn = np.array([policy.draw(k) for k in range(1000)])
+    drawn = np.array([policy.draw(k)[0] for k in range(1000)])
     assert set(drawn[:, 0]) == {0, 2} and set(drawn[:, 1]) == {1}
     assert np.bincount(drawn[:500, 2]).min() > 130
-    policy.learn(0, drawn[0], 5.0)
+    policy.learn(0, policy.draw(0), 5.0, np.zeros(DRAWS))
     assert policy.entropy() == pytest.approx(1.0) and policy.baseline == 5.0
+
+
+def test_a_plan_uses_its_budget_up() -> None:
+    """One flip of the large layer is likelier, but leaves a fifth of the budget."""
+    cells = np.array([[4.0, 8.0], [1.0, 2.0], [1.0, 2.0]])
+    problem = Problem(("l", "s", "t"), ("w4a4", "w8a8"), bops=cells, budgets={"bops": 10.1})
+    log_p = np.log([[0.1, 0.9]] * 3)
+    found = most_probable(problem, log_p, solve)
+    assert found.choice == {"l": "w8a8", "s": "w4a4", "t": "w4a4"} and found.bops == 10
+    assert found.objective == pytest.approx(-np.log(0.9) - 2 * np.log(0.1))
+    whole = most_probable(replace(problem, budgets={"bops": 12.1}), log_p, solve)
+    assert set(whole.choice.values()) == {"w8a8"} and whole.status == "optimal"
 
 
 def test_separate_decisions_need_a_grid() -> None:
@@ -146,8 +157,8 @@ def test_a_menu_with_two_bits_learns(tmp_path: Path) -> None:
     found = run(tmp_path, settings)
     loss = [row["loss"] for row in found.rows]
     assert np.mean(loss[-20:]) < 0.7 * np.mean(loss[20:40])
-    plan = solve(found.likelihood(found.problem)).choice
-    assert cost_gap(found.problem, index_of(found.problem, plan))["bops"] <= 1
+    plan = found.within(found.problem, solve).choice
+    assert shares(found.problem, index_of(found.problem, plan))["bops"] <= 1
     images = data(network())
     x = torch.from_numpy(images.batch(range(len(images))))
     numbers, trained = found.shared.quantizers(plan), found.shared.simulator(plan)(x)[0]

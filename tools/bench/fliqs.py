@@ -1,37 +1,42 @@
 """One-shot search against its controls, at equal bit operations and equally many steps.
 
     python tools/bench/fliqs.py zoo:resnet20_cifar --weights F --train-data npz:train.npz \
-        --data npz:test.npz --out DIR [--train steps=1560] [--only search,controls,ablation,uniform]
+        --data npz:test.npz --out DIR [--train steps=1560] [--only search,controls,ablation,formats]
 
 Every row is kept in DIR/rows.json, every run in a folder of DIR: started again it goes on. Nothing
 is compiled; accuracies are the exact simulator's. "drop" is against the float model on the same
 images; its interval is the paired one. The target is a uniform w4a4's bit operations, unless
 --share says otherwise.
 
-  search     mixed menu with --seeds seeds, integers and floats with one: no retraining
+  search     mixed menu with --seeds seeds, integers with one: no retraining
   controls   (a) the plan found, retrained from the float weights; (b) uniform w4a4;
              (c) the plans of Hessian traces and of Gauss-Newton pairs; (d) random plans
   ablation   the search without its penalty on entropy
-  uniform    every format alone, trained as long: integers against floats
+  formats    integers against floats: both menus searched at 1.15 of the target, where floats have
+             a choice, and every format alone, trained as long
+
+At the end the table of comparisons: the search's accuracy less a control's, with its standard
+error, over images (paired) and, where there are several seeds, over them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hwmpq import data as sets
 from hwmpq.formats import bops, format_named
 from hwmpq.frontend.model import load_model
-from hwmpq.graph import network_of
-from hwmpq.methods.fliqs.policy import cost_gap
+from hwmpq.graph import Graph, network_of
+from hwmpq.methods.fliqs.policy import shares
 from hwmpq.methods.fliqs.settings import parsed
 from hwmpq.methods.fliqs.train import search
 from hwmpq.quantize.calibrate import calibrate
@@ -48,9 +53,77 @@ from hwmpq.types import Assignment, Problem
 INTEGERS = ("w8a8", "w7a7", "w6a6", "w5a5", "w4a4", "w3a3")
 FLOATS = ("e4m3", "e5m2", "e3m2", "e2m3", "e2m1")
 MENUS = {"int": INTEGERS, "float": FLOATS, "mixed": (*INTEGERS, *FLOATS)}
-PARTS = ("search", "controls", "ablation", "uniform")
+PARTS = ("search", "controls", "ablation", "formats")
 #: Images for ranges, and for sensitivities; random plans; how near to the target they must be.
 CALIBRATION, SENSITIVITY, RANDOM, NEAR = 512, 128, 3, 0.97
+#: Share of the target that integers and floats are compared at.
+WIDE = 1.15
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A trained network under a plan; share: its cost, of the target; told: about its making."""
+
+    graph: Graph
+    plan: Assignment
+    numbers: Quantizers
+    share: float
+    told: Mapping[str, Any]
+
+
+class Rows:
+    """What was judged so far, in a folder. float_logits: of the float model on the test images."""
+
+    def __init__(self, out: Path, test: sets.DataSet, float_logits: Tensor):
+        assert test.labels is not None
+        self.out, self.test, self.float_logits = out, test, float_logits
+        self.labels = torch.from_numpy(test.labels)
+        self.kept: dict[str, Any] = {}
+        if (out / "rows.json").exists():
+            self.kept = json.loads((out / "rows.json").read_text())
+
+    def row(self, name: str, make: Callable[[], Made]) -> Any:
+        """Make it, judge it and keep it, unless it is there."""
+        if name not in self.kept:
+            made = make()
+            outputs = predict(Simulator(made.graph, made.plan, made.numbers), self.test)
+            found = judge(self.float_logits, outputs, self.labels, "")
+            np.save(self._right(name), (outputs.argmax(1) == self.labels).numpy())
+            self.kept[name] = {
+                **asdict(found), "cost / target": made.share, "plan": made.plan, **made.told
+            }  # fmt: skip
+            (self.out / "rows.json").write_text(json.dumps(self.kept, indent=1, default=float))
+        row = self.kept[name]
+        low, high = row["drop_interval"]
+        print(
+            f"{name:<28} top-1 {row['simulated']:6.2f}  drop {row['drop']:5.2f} [{low:.2f}, "
+            f"{high:.2f}]  cost {row['cost / target']:.3f}", flush=True,
+        )  # fmt: skip
+        return row
+
+    def _right(self, name: str) -> Path:
+        """Which test images a row's network gets right."""
+        (self.out / name).mkdir(exist_ok=True)
+        return self.out / name / "right.npy"
+
+    def compare(self, ours: str, other: str) -> None:
+        """Rows whose names begin so: mean accuracies, their difference and its standard error."""
+        groups = [
+            np.stack([np.load(self._right(n)) for n in self.kept if n.startswith(begin)] or [[]])
+            for begin in (ours, other)
+        ]
+        if not all(group.size for group in groups):
+            return
+        per_image = groups[0].mean(0) - groups[1].mean(0)
+        variance = per_image.var(ddof=1) / len(per_image)
+        for group in groups:
+            if len(group) > 1:
+                variance += group.mean(1).var(ddof=1) / len(group)
+        runs = " - ".join(f"{g.mean() * 100:.2f} ({len(g)})" for g in groups)
+        print(
+            f"{ours} less {other:<12} {runs}: {per_image.mean() * 100:+.2f} "
+            f"± {np.sqrt(variance) * 100:.2f}"
+        )
 
 
 class Bench:
@@ -74,74 +147,65 @@ class Bench:
         self.layers = network_of(self.graph).layers
         four = sum(bops(format_named("w4a4"), layer.workload.macs) for layer in self.layers)
         self.target = words.share * four
-        x = torch.from_numpy(self.train.batch(range(CALIBRATION)))
+        x = torch.from_numpy(self.train.batch(range(min(CALIBRATION, len(self.train)))))
         self.start = calibrate(self.graph, x.split(64), MENUS["mixed"])
-        plain = dict.fromkeys((la.name for la in self.layers), "fp32")
-        self.float_logits = predict(Simulator(self.graph, plain, self.start), self.test)
-        self.rows: dict[str, Any] = {}
-        if (self.out / "rows.json").exists():
-            self.rows = json.loads((self.out / "rows.json").read_text())
+        plain = self.uniform("fp32")
+        logits = predict(Simulator(self.graph, plain, self.start), self.test)
+        self.rows = Rows(self.out, self.test, logits)
 
-    def problem(self, menu: Sequence[str]) -> Problem:
-        """Bit operations alone."""
+    def uniform(self, name: str) -> Assignment:
+        return dict.fromkeys((layer.name for layer in self.layers), name)
+
+    def problem(self, menu: Sequence[str], share: float = 1.0) -> Problem:
+        """Bit operations alone. share: of the target."""
         work = [[bops(format_named(f), la.workload.macs) for f in menu] for la in self.layers]
         cells = np.array(work, float)
         return Problem(
             tuple(la.name for la in self.layers), tuple(menu), loss=np.zeros_like(cells),
-            bops=cells, legal=np.ones(cells.shape, bool), budgets={"bops": self.target},
+            bops=cells, legal=np.ones(cells.shape, bool), budgets={"bops": share * self.target},
         )  # fmt: skip
 
-    def row(self, name: str, make: Callable[[], tuple[Assignment, Quantizers, Any]]) -> Any:
-        """Make it, judge it and keep it, unless it is there."""
-        if name not in self.rows:
-            plan, numbers, more = make()
-            outputs = predict(Simulator(self.graph, plan, numbers), self.test)
-            assert self.test.labels is not None
-            found = judge(self.float_logits, outputs, torch.from_numpy(self.test.labels), "")
-            problem = self.problem(MENUS["mixed"])
-            share = cost_gap(problem, index_of(problem, plan))["bops"]
-            self.rows[name] = {**asdict(found), "bops / target": share, "plan": plan, **more}
-            (self.out / "rows.json").write_text(json.dumps(self.rows, indent=1, default=float))
-        row = self.rows[name]
-        low, high = row["drop_interval"]
-        print(
-            f"{name:<28} top-1 {row['simulated']:6.2f}  drop {row['drop']:5.2f} [{low:.2f}, "
-            f"{high:.2f}]  cost {row['bops / target']:.3f}", flush=True,
-        )  # fmt: skip
-        return row
+    def made(self, plan: Assignment, numbers: Quantizers, told: Mapping[str, Any]) -> Made:
+        problem = self.problem(MENUS["mixed"])
+        share = float(shares(problem, index_of(problem, plan))["bops"])
+        return Made(self.graph, plan, numbers, share, told)
 
-    def searched(self, name: str, menu: str, seed: int, **changes: Any) -> Any:
+    def searched(
+        self, name: str, menu: str, seed: int, share: float = 1.0, **changes: Any
+    ) -> Assignment:
         """A run of the search; its most probable plan within the target, not retrained."""
         settings = replace(self.settings, seed=seed, **changes)
 
-        def make() -> tuple[Assignment, Quantizers, Any]:
-            problem = self.problem(MENUS[menu])
+        def make() -> Made:
+            problem = self.problem(MENUS[menu], share)
             found = search(
                 self.graph, problem, self.start, self.train, settings, self.out / name, menu
             )
-            plan = solve(found.likelihood(problem)).choice
+            plan = found.within(problem, solve).choice
             best = index_of(problem, found.best)
             told = {
                 "steps": len(found.rows), "seconds": found.seconds,
                 "entropy": found.policy.entropy(), "most probable": found.best,
-                "most probable cost": cost_gap(problem, best)["bops"],
+                "most probable cost": float(shares(problem, best)["bops"]),
             }  # fmt: skip
-            return plan, found.shared.quantizers(plan), told
+            return self.made(plan, found.shared.quantizers(plan), told)
 
-        return self.row(name, make)
+        plan: Assignment = self.rows.row(name, make)["plan"]
+        return plan
 
-    def trained(self, name: str, plan: Assignment, seed: int = 0) -> Any:
+    def trained(self, name: str, plan: Assignment, seed: int = 0) -> None:
         """A fixed plan, trained from the float weights with the search's steps and settings."""
         settings = replace(self.settings, seed=seed).training(len(self.train))
 
-        def make() -> tuple[Assignment, Quantizers, Any]:
+        def make() -> Made:
             folder = self.out / name
             folder.mkdir(exist_ok=True)
             file = folder / "checkpoint.safetensors"
             found = finetune(self.graph, plan, self.start, self.train, settings, file)
-            return plan, found.quantizers, {"steps": settings.steps, "seconds": found.seconds}
+            told = {"steps": settings.steps, "seconds": found.seconds}
+            return self.made(plan, found.quantizers, told)
 
-        return self.row(name, make)
+        self.rows.row(name, make)
 
     def by_estimate(self, estimator: str, solver: str) -> Assignment:
         """The plan of an estimator's losses on the mixed menu."""
@@ -165,6 +229,25 @@ class Bench:
                 yield choice_of(problem, index)
 
 
+def controls(bench: Bench, plans: Sequence[Assignment]) -> None:
+    """plans: of the searches, by seed."""
+    for seed, plan in enumerate(plans):
+        bench.trained(f"b-w4a4-{seed}", bench.uniform("w4a4"), seed)
+        bench.trained(f"a-retrained-{seed}", plan, seed)
+    for n, plan in enumerate(bench.random()):
+        bench.trained(f"d-random-{n}", plan)
+    bench.trained("c-hessian", bench.by_estimate("hessian-trace", "ilp"))
+    bench.trained("c-clado-gn", bench.by_estimate("clado-gn", "iqp"))
+
+
+def formats(bench: Bench) -> None:
+    """Integers and floats, searched and alone."""
+    for menu in ("int", "float"):
+        bench.searched(f"wide-{menu}-0", menu, 0, WIDE)
+    for name in MENUS["mixed"]:
+        bench.trained(f"uniform-{name}", bench.uniform(name))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -180,28 +263,24 @@ def main() -> None:
     words = parser.parse_args()
     parts = words.only.split(",")
     bench = Bench(words)
-    print(f"{bench.steps} steps a run; target {bench.target / 1e9:.4g} G bit operations")
-    found = []
+    print(
+        f"{bench.steps} steps a run on {len(bench.train)} images, judged on {len(bench.test)}; "
+        f"target {bench.target / 1e9:.4g} G bit operations", flush=True,
+    )  # fmt: skip
+    plans = []
     if {"search", "controls"} & set(parts):
-        found = [bench.searched(f"mixed-{seed}", "mixed", seed) for seed in range(words.seeds)]
+        plans = [bench.searched(f"mixed-{seed}", "mixed", seed) for seed in range(words.seeds)]
+    if "controls" in parts:
+        controls(bench, plans)
     if "search" in parts:
         bench.searched("int-0", "int", 0)
-        bench.searched("float-0", "float", 0)
-    if "controls" in parts:
-        four = dict.fromkeys(found[0]["plan"], "w4a4")
-        for seed, row in enumerate(found):
-            bench.trained(f"a-retrained-{seed}", row["plan"], seed)
-            bench.trained(f"b-w4a4-{seed}", four, seed)
-        bench.trained("c-hessian", bench.by_estimate("hessian-trace", "ilp"))
-        bench.trained("c-clado-gn", bench.by_estimate("clado-gn", "iqp"))
-        for n, plan in enumerate(bench.random()):
-            bench.trained(f"d-random-{n}", plan)
     if "ablation" in parts:
         bench.searched("no-entropy-penalty-0", "mixed", 0, entropy=0.0)
-    if "uniform" in parts:
-        for name in MENUS["mixed"]:
-            plan = dict.fromkeys((la.name for la in bench.layers), name)
-            bench.trained(f"uniform-{name}", plan)
+    if "formats" in parts:
+        formats(bench)
+    for other in ("a-", "b-", "c-hessian", "c-clado", "d-", "int-", "no-entropy"):
+        bench.rows.compare("mixed-", other)
+    bench.rows.compare("wide-float", "wide-int")
 
 
 if __name__ == "__main__":

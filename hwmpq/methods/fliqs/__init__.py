@@ -15,9 +15,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hwmpq.methods.fliqs.policy import cost_gap
+from hwmpq.methods.fliqs.loop import shown
+from hwmpq.methods.fliqs.policy import shares
+from hwmpq.methods.fliqs.searched import Searched
 from hwmpq.methods.fliqs.settings import Settings, parsed
-from hwmpq.methods.fliqs.train import Searched, search
+from hwmpq.methods.fliqs.train import search
 from hwmpq.methods.study import Chosen, Method, Study
 from hwmpq.quantizers import Quantizers
 from hwmpq.search.evaluate import index_of
@@ -33,7 +35,7 @@ def choose(study: Study, problem: Problem) -> Chosen:
     """The most probable plan within the budgets, with the weights it was trained with."""
     job, facts = study.job, study.facts
     found: Searched = study.once("fliqs", lambda: run(job, facts.images, facts.menu, problem))
-    solution = study.solve(found.likelihood(problem))
+    solution = found.within(problem, study.solve)
     numbers = found.shared.quantizers(solution.choice)
     loss = study.judge_with(solution.choice, numbers)
     return Chosen(solution, numbers, told(found, problem) | {"measured_loss": loss})
@@ -46,14 +48,7 @@ def run(job: Job, images: Images, menu: Menu, problem: Problem) -> Searched:
     data = training_images(job, images)
     numbers = _calibrated(job, images, menu)
     asked = [o.latency, o.max_size, o.max_bops, o.max_drop, job.target.name, o.threads, menu.ties]
-    with job.progress.stage("one-shot search", settings.training(len(data)).steps) as advance:
-        done = 0
-
-        def note(steps: int, _of: int) -> None:
-            nonlocal done
-            advance(steps - done)
-            done = steps
-
+    with shown(job.progress, "one-shot search", settings.training(len(data)).steps) as note:
         return search(
             job.graph, problem, numbers, data, settings, Path(train_folder(o)), asked, note
         )
@@ -67,7 +62,8 @@ def told(found: Searched, problem: Problem) -> dict[str, Any]:
     return {
         "steps": len(found.rows), "warmup": policy.warmup, "seconds": found.seconds,
         "entropy": policy.entropy(), "baseline": policy.baseline,
-        "most_probable": found.best, "most_probable_cost": cost_gap(problem, best),
+        "most_probable": found.best,
+        "most_probable_cost": {n: float(share) for n, share in shares(problem, best).items()},
     }  # fmt: skip
 
 

@@ -1,18 +1,22 @@
 """The policy and how it learns: REINFORCE (Williams 1992) with a moving baseline.
 
 After FLIQS (arXiv 2308.03290), whose public code gives the formulas: every row of the space is a
-categorical of its own, softmax of its logits, which start at 0.5. The reward of a step's plan is
+categorical of its own, softmax of its logits, which start at 0.5. The reward of a plan is
 
     R = q − β_c · Σ over budgets |1 − C / C_target|           (absolute: TuNAS, arXiv 2008.06120)
 
-and the policy descends on −(R − R̄) · mean log p(chosen) + β_H(t) · mean H(p) by Adam, R̄ being the
-rewards' exponential average, from the first step on. β_H rises from 0 to β_max with a cosine: the
-penalty on entropy forces a decision in the end.
+and the policy descends on −(R − R̄) · mean log p(plan) + β_H(t) · mean H(p) by Adam. β_H rises from
+0 to β_max with a cosine: the penalty on entropy forces a decision in the end.
+
+Only q needs training, and costs are arithmetic. So q is that of the one plan that a step trains,
+less its exponential average from the first step on, while the cost's part of the same gradient is
+the mean over DRAWS plans, less their own mean: the same expectation with less noise.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -24,14 +28,21 @@ from hwmpq.search.evaluate import IndexArray, evaluate
 from hwmpq.types import BoolArray, FloatArray, Problem
 
 LOGIT = 0.5
+#: Plans that a step weighs the costs of; the first of them is trained.
+DRAWS = 64
 #: Options are drawn with no lesser probability than this.
 LEAST_PROBABILITY = 1e-8
 
 
-def cost_gap(problem: Problem, plan: IndexArray) -> dict[str, float]:
-    """Budget -> C / C_target of a plan, format numbers [L]."""
-    values = evaluate(problem, plan)
-    return {name: float(values.of(name)) / target for name, target in problem.budgets.items()}
+def shares(problem: Problem, plans: IndexArray) -> dict[str, FloatArray]:
+    """Budget -> C / C_target of plans, format numbers [.., L]."""
+    values = evaluate(problem, plans)
+    return {name: values.of(name) / target for name, target in problem.budgets.items()}
+
+
+def gaps(used: Mapping[str, FloatArray]) -> FloatArray:
+    """Σ over budgets |1 − C / C_target|. used: as `shares` gives them."""
+    return np.asarray(np.sum([abs(1 - share) for share in used.values()], 0))
 
 
 class Policy:
@@ -52,32 +63,34 @@ class Policy:
         self.optimizer = torch.optim.Adam([self.logits], settings.policy_rate)
 
     def draw(self, step: int) -> IntArray:
-        """The options of a step, [R]: uniform while warming up, then by the policy."""
+        """The options of a step's plans, [DRAWS, R]: uniform while warming up, then by policy."""
         if step < self.warmup:
             p = self._allowed.double().numpy()
         else:
             p = self.probabilities().clip(min=LEAST_PROBABILITY) * self._allowed.numpy()
         ends = np.cumsum(p / p.sum(1, keepdims=True), 1)
-        spot = np.random.default_rng([self.settings.seed, step, 2]).random((len(p), 1))
+        random = np.random.default_rng([self.settings.seed, step, 2])
+        spot = random.random((DRAWS, len(p), 1))
         # The sum's rounding error must not lead behind the last allowed option.
         last = p.shape[1] - 1 - np.argmax(p[:, ::-1] > 0, 1)
-        return np.asarray(np.minimum((spot >= ends).sum(1), last))
+        return np.asarray(np.minimum((spot >= ends).sum(2), last))
 
-    def reward(self, quality: float, costs: dict[str, float]) -> float:
-        """quality: higher is better; costs: C / C_target of each budget."""
-        return quality - self.settings.cost * sum(abs(1 - c) for c in costs.values())
+    def learn(self, step: int, drawn: IntArray, quality: float, away: FloatArray) -> None:
+        """Take what the plans drawn at a step, [DRAWS, R], are worth.
 
-    def learn(self, step: int, chosen: IntArray, reward: float) -> None:
-        """Take the reward of the options drawn at a step."""
+        quality: q of the first of them; away: of each, how far its costs are from the targets.
+        """
         average = self.settings.average
-        before = reward if self.baseline is None else self.baseline
-        self.baseline = average * before + (1 - average) * reward
+        before = quality if self.baseline is None else self.baseline
+        self.baseline = average * before + (1 - average) * quality
         if step < self.warmup or not self._open.any():
             return
         log_p = self._log_p()[self._open]
-        picked = torch.from_numpy(chosen)[self._open]
-        likely = log_p.gather(1, picked[:, None]).mean()
-        loss = -(reward - self.baseline) * likely + self.penalty(step) * _entropies(log_p).mean()
+        likely = log_p.gather(1, torch.from_numpy(drawn.T)[self._open]).mean(0)
+        beyond = torch.from_numpy(away - away.mean()) / (len(away) - 1)
+        loss = self.settings.cost * (beyond * likely).sum()
+        loss = loss - (quality - self.baseline) * likely[0]
+        loss = loss + self.penalty(step) * _entropies(log_p).mean()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

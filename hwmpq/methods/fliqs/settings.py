@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from hwmpq.errors import InputError, UnknownName
@@ -27,7 +27,7 @@ class Settings:
     shifts, and mirrored.
     warmup: share of the steps that draw uniformly and leave the policy alone; delay: share of them
     that read activations as they are; policy_rate: Adam's, of the logits; quality: q of the reward,
-    'loss' or 'accuracy'; cost: β_c; entropy: β_max; average: of the reward's baseline.
+    'loss' or 'accuracy'; cost: β_c; entropy: β_max; average: of the quality's baseline.
     decide: per 'layer' or 'block'; separate: weights' and activations' formats apart.
     checkpoint: steps between two.
     """
@@ -77,7 +77,7 @@ class Settings:
         )
 
 
-def parsed(words: Sequence[str], seed: int) -> Settings:
+def parsed(words: Sequence[str], seed: int, defaults: Settings | None = None) -> Settings:
     """'key=value' words as settings. Raises UnknownName and InputError."""
     kinds = get_type_hints(Settings)
     found: dict[str, Any] = {"seed": seed}
@@ -86,7 +86,7 @@ def parsed(words: Sequence[str], seed: int) -> Settings:
         if key not in kinds:
             raise UnknownName("setting of --train", key, [f.name for f in fields(Settings)])
         found[key] = _value(key, text, kinds[key])
-    return Settings(**found)
+    return replace(defaults or Settings(), **found)
 
 
 def _value(key: str, text: str, kind: type) -> Any:

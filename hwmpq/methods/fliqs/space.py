@@ -34,11 +34,11 @@ class Space:
     format_of: IntArray | None = None
 
     def formats(self, rows: IntArray) -> IndexArray:
-        """Options [R] -> format numbers per layer [L]."""
+        """Options [.., R] -> format numbers per layer [.., L]."""
         if self.format_of is None:
-            return rows[self.of_layer]
-        weights, activations = np.split(rows, 2)
-        return self.format_of[weights, activations][self.of_layer]
+            return rows[..., self.of_layer]
+        weights, activations = np.split(rows, 2, -1)
+        return self.format_of[weights, activations][..., self.of_layer]
 
     def options(self, problem: Problem, axis: int) -> list[str]:
         """Names of a row's options: encodings of weights (axis 0) or activations, or formats."""

@@ -1,78 +1,35 @@
-"""One-shot search: each step draws a plan, trains the shared weights under it, pays the policy.
+"""The search for formats: one network's weights, trained under every plan that is drawn.
 
-What a run leaves in its folder: problem.json (the costs it was searched on, so that a run that
-goes on is judged by the same), checkpoint.safetensors, scalars.csv, policy.json, and plots.html at
-its end. A run that was killed goes on from its last checkpoint, on one process bit by bit as one
-that was never stopped.
+problem.json joins what a run leaves in its folder: the costs it was searched on, so that a run that
+goes on is judged by the same.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from hwmpq.data import DataSet
 from hwmpq.errors import InputError
 from hwmpq.graph import Graph
-from hwmpq.methods.fliqs.policy import Policy, cost_gap
+from hwmpq.methods.fliqs import loop
+from hwmpq.methods.fliqs.policy import shares
 from hwmpq.methods.fliqs.ranks import Ranks, joined
+from hwmpq.methods.fliqs.searched import Searched
 from hwmpq.methods.fliqs.settings import Settings
 from hwmpq.methods.fliqs.shared import Shared
-from hwmpq.methods.fliqs.space import Space, space_of, with_blocks
-from hwmpq.quantize import checkpoint
-from hwmpq.quantize.finetune import Course
+from hwmpq.methods.fliqs.space import IntArray, Space, space_of, with_blocks
+from hwmpq.quantize.simulate import Simulator
 from hwmpq.quantizers import Quantizers
-from hwmpq.report import training as plots
 from hwmpq.search.evaluate import choice_of
 from hwmpq.search.problem_file import read_problem, write_problem
-from hwmpq.types import Assignment, FloatArray, Problem, digest
+from hwmpq.types import BoolArray, FloatArray, Problem
 
-#: Part of a run's key: raise it when the search changes.
-VERSION = 1
-CHECKPOINT, PROBLEM, SCALARS, POLICY, PLOTS = (
-    "checkpoint.safetensors", "problem.json", "scalars.csv", "policy.json", "plots.html"
-)  # fmt: skip
-
-Row = dict[str, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Searched:
-    """A finished run. rows: one per step; seconds: of this process, without what was resumed."""
-
-    shared: Shared
-    space: Space
-    policy: Policy
-    problem: Problem
-    rows: list[Row]
-    seconds: float
-
-    @property
-    def best(self) -> Assignment:
-        """The most probable plan, whatever it costs: the paper's result."""
-        return choice_of(self.problem, self.space.formats(self.policy.best()))
-
-    def likelihood(self, problem: Problem) -> Problem:
-        """The problem of the most probable plan within given budgets: losses are −log p. It is
-        `best` wherever that is within them."""
-        log_p = self.space.spread(self.policy.log_probabilities(), len(problem.formats))
-        able = np.isfinite(log_p)
-        legal = able if problem.legal is None else able & problem.legal
-        # Adding 0.0: no negative zeros.
-        return replace(
-            problem, loss=np.where(able, -log_p, 0.0) + 0.0, legal=legal, pair_loss=None,
-            ties=(*problem.ties, *self.problem.ties),
-        )  # fmt: skip
+PROBLEM = "problem.json"
 
 
 def search(
@@ -83,155 +40,83 @@ def search(
     settings: Settings,
     folder: Path,
     asked: Any = None,
-    note: Callable[[int, int], None] = lambda done, of: None,
+    note: loop.Note = lambda done, of: None,
 ) -> Searched:
     """Train on `data` towards the problem's budgets, or go on in `folder`.
 
     quantizers: calibrated for all formats of the problem; its losses are not looked at. asked: JSON
     that tells this run from others in its folder, beside model, menu, data and settings.
-    Raises InputError without a budget, for a folder of another run, and where the loss is no number
-    any more.
+    Raises InputError without a budget, and as `run` does.
     """
     if not problem.budgets:
         raise InputError(
             "one-shot search without a target", None,
             ["--latency", "--max-size", "--max-bops"], "Its reward compares costs with targets.",
         )  # fmt: skip
-    began = time.perf_counter()
     with joined() as ranks:
-        run = _Run(graph, problem, quantizers, data, settings, folder, asked, ranks)
-        while len(run.rows) < run.training.steps:
-            run.step()
-            note(len(run.rows), run.training.steps)
-        run.finish()
-    seconds = time.perf_counter() - began
-    return Searched(run.shared, run.space, run.policy, run.problem, run.rows, seconds)
-
-
-class _Run:
-    def __init__(
-        self, graph: Graph, problem: Problem, quantizers: Quantizers, data: DataSet,
-        settings: Settings, folder: Path, asked: Any, ranks: Ranks,
-    ):  # fmt: skip
-        self.settings, self.folder, self.ranks = settings, folder, ranks
-        self.training = settings.training(len(data))
-        if min(self.training.batch, len(data)) % ranks.count:
-            raise InputError("--train batch", self.training.batch, f"a multiple of {ranks.count}")
-        # Several ranks are for machines without a GPU.
-        device = "cuda" if torch.cuda.is_available() and ranks.count == 1 else "cpu"
-        self.shared = Shared(graph, quantizers, device)
-        self.course = Course(graph, data, self.training, device)
-        self.optimizer = torch.optim.Adam(self.shared.parameters.values(), settings.rate)
+        device = loop.device_of(ranks)
+        shared = Shared(graph, quantizers, device)
         # Losses are what training finds out.
         none = np.zeros((len(problem.layers), len(problem.formats)))
         costs = replace(problem, loss=none, pair_loss=None)
-        self.problem = self._kept(
-            with_blocks(costs, graph) if settings.decide == "block" else costs
+        if settings.decide == "block":
+            costs = with_blocks(costs, graph)
+        plans = _Plans(shared, _kept(costs, folder, ranks), settings.separate)
+        of_problem = [problem.layers, problem.formats, sorted(problem.budgets)]
+        ended = loop.run(
+            plans, shared.graph, data, settings, folder, [of_problem, asked], ranks, device, note
         )
-        self.space = space_of(self.problem, settings.separate)
-        self.policy = Policy(self.space.allowed, self.training.steps, settings)
-        self.rows: list[Row] = []
-        self.shots: list[tuple[int, list[list[float]]]] = []
-        self.key = digest([
-            VERSION, asdict(settings), problem.layers, problem.formats, sorted(problem.budgets),
-            asked, data.digest,
-            [float(np.sum(c, dtype=np.float64)) for c in self.shared.graph.constants.values()],
-        ])  # fmt: skip
-        self._resume()
+    return Searched(shared, plans.space, ended.policy, plans.problem, ended.rows, ended.seconds)
 
-    def step(self) -> None:
-        """Draw, train, pay."""
-        k = len(self.rows)
-        drawn = self.policy.draw(k)
-        plan = self.space.formats(drawn)
-        delayed = k < round(self.settings.delay * self.training.steps)
-        simulator = self.shared.simulator(choice_of(self.problem, plan), delayed)
-        loss, accuracy = self.ranks.mean_of(
-            *self.course.step(simulator, self.optimizer, k, self._gradients, self.ranks.part)
-        )
-        costs = cost_gap(self.problem, plan)
-        reward = self.policy.reward(-loss if self.settings.quality == "loss" else accuracy, costs)
-        self.policy.learn(k, drawn, reward)
-        self.rows.append({
-            "step": k + 1, "loss": loss, "accuracy": accuracy, "reward": reward,
-            "entropy": self.policy.entropy(), "penalty": self.policy.penalty(k),
-            **{f"{name} / target": cost for name, cost in costs.items()},
-        })  # fmt: skip
-        if (k + 1) % self.training.checkpoint == 0 or k + 1 == self.training.steps:
-            self._save()
 
-    def finish(self) -> None:
-        """The plots."""
-        if self.ranks.rank == 0:
-            plots.html(self.rows, self._policy(), self.folder / PLOTS)
+def _kept(problem: Problem, folder: Path, ranks: Ranks) -> Problem:
+    """What the run in this folder began with, or this problem for a new one."""
+    path = folder / PROBLEM
+    if (folder / loop.CHECKPOINT).exists():
+        return read_problem(path)
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_problem(problem, path)
+    return problem
 
-    def _gradients(self) -> None:
-        """Equal on all ranks, and no longer than allowed."""
-        own = [p for p in self.shared.parameters.values() if p.grad is not None]
-        self.ranks.mean(p.grad for p in own if p.grad is not None)
-        torch.nn.utils.clip_grad_norm_(own, self.settings.clip)
 
-    def _kept(self, problem: Problem) -> Problem:
-        """What the run in this folder began with, or this problem for a new one."""
-        path = self.folder / PROBLEM
-        if (self.folder / CHECKPOINT).exists():
-            return read_problem(path)
-        if self.ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_problem(problem, path)
-        return problem
+class _Plans:
+    """The `Subject` of such a search."""
 
-    def _policy(self) -> dict[str, Any]:
-        """What the rows decide, their options, and the probabilities [shots, R, O]."""
-        decisions = [
+    def __init__(self, shared: Shared, problem: Problem, separate: bool):
+        self.shared, self.problem = shared, problem
+        self.space: Space = space_of(problem, separate)
+        self._halves = [" (weights)", " (activations)"] if separate else [""]
+
+    @property
+    def allowed(self) -> BoolArray:
+        return self.space.allowed
+
+    @property
+    def _decisions(self) -> list[str]:
+        return [
             ", ".join(self.problem.layers[i] for i in np.flatnonzero(self.space.of_layer == d))
             for d in range(int(self.space.of_layer.max()) + 1)
         ]
-        words = [""] if self.space.format_of is None else [" (weights)", " (activations)"]
-        return {
-            "rows": [name + word for word in words for name in decisions],
-            "options": [
-                self.space.options(self.problem, axis)
-                for axis in range(len(words)) for _ in decisions
-            ],
-            "steps": [step for step, _ in self.shots],
-            "probabilities": [shot for _, shot in self.shots],
-        }  # fmt: skip
-
-    def _save(self) -> None:
-        probabilities: FloatArray = self.policy.probabilities()
-        self.shots.append((len(self.rows), probabilities.round(4).tolist()))
-        if self.ranks.rank:
-            return
-        told = {"rows": self.rows, "baseline": self.policy.baseline, "shots": self.shots}
-        checkpoint.write(
-            self.folder / CHECKPOINT, self._parameters, self._optimizers, self.key, told
-        )
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(self.rows[0]))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        _write(self.folder / SCALARS, table.getvalue())
-        _write(self.folder / POLICY, json.dumps(self._policy()))
-
-    def _resume(self) -> None:
-        path = self.folder / CHECKPOINT
-        if path.exists():
-            told = checkpoint.read(path, self._parameters, self._optimizers, self.key)
-            self.rows, self.policy.baseline = told["rows"], told["baseline"]
-            self.shots = [(step, shot) for step, shot in told["shots"]]
 
     @property
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        return {**self.shared.parameters, "policy": self.policy.logits}
+    def rows(self) -> list[str]:
+        return [name + half for half in self._halves for name in self._decisions]
 
     @property
-    def _optimizers(self) -> list[torch.optim.Adam]:
-        return [self.optimizer, self.policy.optimizer]
+    def options(self) -> list[list[str]]:
+        return [
+            self.space.options(self.problem, axis)
+            for axis in range(len(self._halves)) for _ in self._decisions
+        ]  # fmt: skip
 
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return self.shared.parameters
 
-def _write(path: Path, text: str) -> None:
-    """Aside, then renamed."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    def shares(self, drawn: IntArray) -> dict[str, FloatArray]:
+        return shares(self.problem, self.space.formats(drawn))
+
+    def network(self, drawn: IntArray, delayed: bool) -> Simulator:
+        plan = choice_of(self.problem, self.space.formats(drawn))
+        return self.shared.simulator(plan, delayed)
