@@ -11,12 +11,13 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FILES = (
     "__init__.py", "errors.py", "executor.py", "types.py", "tensors.py", "tile_permission.py",
-    "toolchain.py", "targets.py", "artifact/__init__.py", "artifact/contents.py", "artifact/folder.py",
-    "artifact/golden.py", "artifact/manifest.py", "artifact/native.py", "artifact/pool.py",
-    "artifact/run.py", "artifact/signature.py", "measure/__init__.py", "measure/environment.py",
-    "measure/frames.py", "measure/gates.py", "measure/kernel.py", "measure/onsite.py",
-    "measure/process.py", "measure/protocol.py", "measure/public.py", "measure/replicate.py",
-    "measure/runner.py", "measure/stats.py", "measure/timing.py", "measure/worker.py",
+    "toolchain.py", "targets.py", "artifact/__init__.py", "artifact/contents.py",
+    "artifact/folder.py", "artifact/golden.py", "artifact/manifest.py", "artifact/native.py",
+    "artifact/pool.py", "artifact/run.py", "artifact/signature.py", "measure/__init__.py",
+    "measure/environment.py", "measure/frames.py", "measure/gates.py", "measure/kernel.py",
+    "measure/onsite.py", "measure/process.py", "measure/protocol.py", "measure/public.py",
+    "measure/replicate.py", "measure/runner.py", "measure/stats.py", "measure/timing.py",
+    "measure/worker.py",
 )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ code 0; signed ones (operand b of a matmul) are symmetric. A softmax has the fix
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -27,7 +27,7 @@ from hwmpq.quantize.equalize import equalized
 from hwmpq.quantize.feed import Inputs, named, samples
 from hwmpq.quantize.interpret import Constants, evaluate
 from hwmpq.quantize.ranges import METHODS, Histogram, Method, quantizer_of
-from hwmpq.quantizers import Quantizers
+from hwmpq.quantizers import F32, Quantizers
 from hwmpq.requantize import Quantizer
 from hwmpq.storage import is_integer, keeps_encoding, plan, quantizer_roots
 
@@ -35,6 +35,54 @@ from hwmpq.storage import is_integer, keeps_encoding, plan, quantizer_roots
 Progress = Callable[[int, int], None]
 #: Widest weights whose scale is searched for; above it, max|w| has the least error nearly always.
 _MSE_BITS = 6
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What calibration images tell, and what was made of it, for the menu of formats.
+
+    graph: the float graph, equalized if that was asked for; constants: those that changed by it;
+    histograms: of each root in `wanted` (root, encoding); means: of what layers read, [1, ...].
+    """
+
+    graph: Graph
+    menu: tuple[str, ...]
+    constants: Mapping[str, F32]
+    wanted: Set[Key]
+    histograms: Mapping[str, Histogram]
+    means: Mapping[str, Tensor]
+    _activations: dict[tuple[Method, float], dict[Key, Quantizer]] = field(default_factory=dict)
+    _weights: dict[bool, dict[Key, QuantizedWeight]] = field(default_factory=dict)
+
+    def quantizers(
+        self, method: Method, percentile: float, bias: bool, search: bool,
+        step: Callable[[], None] = lambda: None,
+    ) -> Quantizers:  # fmt: skip
+        """As `calibrate`; what settings have in common is made once. step: called per format."""
+        ranges = method, percentile if method == "percentile" else 0.0
+        if ranges not in self._activations:
+            self._activations[ranges] = self._ranged(method, percentile)
+        if search not in self._weights:
+            made: dict[Key, QuantizedWeight] = {}
+            for name in self.menu:
+                _round_weights(self.graph, name, made, search)
+                step()
+            self._weights[search] = made
+        weights = self._weights[search]
+        biases = shifted_biases(self.graph, self.means, weights) if bias else {}
+        return Quantizers(self._activations[ranges], weights, biases, self.constants)
+
+    def _ranged(self, method: Method, percentile: float) -> dict[Key, Quantizer]:
+        fixed, found = _softmax_roots(self.graph), {}
+        for root, encoding in sorted(self.wanted):
+            if root in fixed:
+                scale = np.float32(1 / encoding_named(encoding).qmax)
+                found[root, encoding] = Quantizer(float(scale), 0)
+            else:
+                histogram = self.histograms[root]
+                found[root, encoding] = quantizer_of(histogram, encoding, method, percentile)
+        return found
 
 
 def calibrate(
@@ -59,11 +107,7 @@ def calibrate(
     if not 50 < percentile <= 100:
         raise InputError("percentile", percentile, "above 50, at most 100")
     batches = list(batches)
-    if not batches:
-        raise InputError("calibration without images", next="Give at least one batch.")
-    menu = tuple(dict.fromkeys(("fp32", *formats)))
-    wanted = integer_encodings(graph, menu)
-    total = (2 + ("equalize" in steps)) * len(batches) + len(menu)
+    total = (2 + ("equalize" in steps)) * len(batches) + len({"fp32", *formats})
     done = 0
 
     def step() -> None:
@@ -72,27 +116,33 @@ def calibrate(
         if progress:
             progress(done, total)
 
-    constants = equalized(graph, batches, step) if "equalize" in steps else {}
+    seen = observe(graph, batches, formats, "equalize" in steps, step)
+    return seen.quantizers(method, percentile, "bias" in steps, search, step)
+
+
+def observe(
+    graph: Graph,
+    batches: Sequence[Inputs],
+    formats: Sequence[str],
+    equalize: bool,
+    step: Callable[[], None] = lambda: None,
+) -> Observed:
+    """The passes over the images, which no setting but `equalize` changes. step: called per batch.
+
+    Raises InputError and UnknownName as `calibrate`.
+    """
+    if not batches:
+        raise InputError("calibration without images", next="Give at least one batch.")
+    menu = tuple(dict.fromkeys(("fp32", *formats)))
+    wanted = integer_encodings(graph, menu)
+    constants = equalized(graph, batches, step) if equalize else {}
     graph = replace(graph, constants={**graph.constants, **constants})
     histograms = _ranges(graph, batches, wanted, step)
     means = _fill(graph, batches, histograms, step)
-    fixed = _softmax_roots(graph)
-    activations = {}
-    for (root, encoding), histogram in ((key, histograms[key[0]]) for key in sorted(wanted)):
-        if root in fixed:
-            scale = np.float32(1 / encoding_named(encoding).qmax)
-            activations[root, encoding] = Quantizer(float(scale), 0)
-        else:
-            activations[root, encoding] = quantizer_of(histogram, encoding, method, percentile)
-    weights: dict[tuple[str, str], QuantizedWeight] = {}
-    for name in menu:
-        _round_weights(graph, name, weights, search)
-        step()
-    biases = shifted_biases(graph, means, weights) if "bias" in steps else {}
-    return Quantizers(activations, weights, biases, constants)
+    return Observed(graph, menu, constants, wanted, histograms, means)
 
 
-def integer_encodings(graph: Graph, formats: Sequence[str]) -> set[tuple[str, str]]:
+def integer_encodings(graph: Graph, formats: Sequence[str]) -> set[Key]:
     """(quantizer root, integer encoding) of all that an assignment from the menu could need."""
     integers = [fmt for fmt in map(format_named, formats) if fmt.is_integer]
     if not integers:
@@ -112,7 +162,7 @@ def integer_encodings(graph: Graph, formats: Sequence[str]) -> set[tuple[str, st
 def _ranges(
     graph: Graph,
     batches: Sequence[Inputs],
-    wanted: set[tuple[str, str]],
+    wanted: Set[Key],
     step: Callable[[], None],
 ) -> dict[str, Histogram]:
     """Empty histograms over the exact range of each wanted root, 0 included."""
@@ -182,7 +232,7 @@ def _softmax_roots(graph: Graph) -> frozenset[str]:
 
 
 def _round_weights(
-    graph: Graph, name: str, weights: dict[tuple[str, str], QuantizedWeight], search: bool
+    graph: Graph, name: str, weights: dict[Key, QuantizedWeight], search: bool
 ) -> None:
     """Add every layer's weights in the format; formats with equal weights share them."""
     fmt = format_named(name)

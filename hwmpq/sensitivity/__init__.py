@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from hwmpq.errors import InputError, UnknownName
+from hwmpq.executor import Pool
 from hwmpq.graph import Graph
 from hwmpq.quantize.feed import Inputs, good_batch, named, samples
 from hwmpq.quantize.scores import LOSSES, Score, default_loss, find_score
@@ -89,6 +90,7 @@ def estimate(
     forecast: Callable[[Forecast], None] | None = None,
     batch: int | None = None,
     seed: int = 0,
+    pool: Pool | None = None,
 ) -> Sensitivity:
     """loss[l, f] by the estimator `name`; fp32 is exactly 0, an illegal cell is nan.
 
@@ -96,10 +98,12 @@ def estimate(
     loss: by default cross entropy with labels and the distance to the float logits without; for an
     estimator that looks at no loss it must not be given. layers: all by default. legal: [L, F].
     save: called with the name of each finished item and what to keep of it, and done: what an
-    earlier run with the same arguments gave `save` under a name, or None. forecast: called before
+    earlier run with the same arguments gave `save` under a name, or None; a name that starts with
+    `task.SHARED` means the same to every estimator, loss, labels and seed. forecast: called before
     the work starts; progress: with (items done, items, expected seconds left). batch: samples that
-    run at once, by default what runs fastest. Same arguments, same result, however often it was
-    interrupted.
+    run at once, by default what runs fastest. pool: workers that share the forward
+    runs of variants; gradients are computed here. Same arguments, same result, however often it
+    was interrupted and whoever ran.
 
     Raises UnknownName for an unknown estimator, loss or layer, InputError for shapes that do not
     fit and for a loss that the estimator cannot take.
@@ -137,5 +141,6 @@ def estimate(
         batch=batch or good_batch(graph),
         seed=seed,
         loss=score,
+        pool=pool,
     )
     return _registry()[name](task)

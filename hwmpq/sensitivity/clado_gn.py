@@ -27,30 +27,28 @@ def ESTIMATOR(task: Task) -> Sensitivity:
     runs, singles = Runs(task), task.singles()
     logits = _logits(runs.reference)
     p = logits.softmax(1)
-    changes: dict[Cells, Tensor] = {}
-    for cells in singles:
-        kept = task.done(_item(task, cells))
-        if isinstance(kept, bytes) and not task.open([cells]):
-            flat = torch.frombuffer(bytearray(kept), dtype=torch.float32)
-            changes[cells] = flat.reshape(logits.shape)
+
+    def change(outputs: Outputs) -> Tensor:
+        """√p ∘ (Δz − pᵀΔz): its products over all samples are the terms."""
+        moved = _logits(outputs) - logits
+        return (p.sqrt() * (moved - (p * moved).sum(1, keepdim=True))).float().cpu()
+
+    changes = {cells: change(runs.load(cells)) for cells in runs.saved(singles)}
+    fresh = task.open(changes)
     schedule = runs.schedule(cells for cells in singles if cells not in changes)
     runs.announce(schedule)
 
     def found() -> Iterator[tuple[Cells, Estimate]]:
+        for cells in fresh:
+            yield cells, _alone(changes[cells])
         for cells, outputs in runs.outputs(schedule):
-            moved = _logits(outputs) - logits
-            changes[cells] = (p.sqrt() * (moved - (p * moved).sum(1, keepdim=True))).float().cpu()
-            task.keep(_item(task, cells), changes[cells].numpy().tobytes())
+            changes[cells] = change(outputs)
             yield cells, _alone(changes[cells])
 
-    known = task.fill(singles, found(), runs.work(schedule))
+    work = dict.fromkeys(fresh, 1.0) | runs.work(schedule)
+    known = task.fill(singles, found(), work)
     terms = _terms(task, {cells: changes[cells] for cells in singles})
     return task.result(known, "clado-gn", task.loss.name, runs.tally, terms)
-
-
-def _item(task: Task, cells: Cells) -> str:
-    """Under this name √p ∘ (Δz − pᵀΔz) is kept: its products over all samples are the terms."""
-    return f"{task.item(cells)}|logits"
 
 
 def _logits(outputs: Outputs) -> Tensor:

@@ -4,6 +4,9 @@ Two variants compute the same up to the first node whose format, demands or stor
 them. A wanted pair of cells therefore branches off the run of one of its cells there, and that run
 off the fp32 one: only the tensors alive at that point are kept, for any graph. Should they need
 more than `LIMIT_BYTES`, nothing is kept and every variant runs the whole network.
+
+A single cell's outputs are saved under a name that all estimators share (`Task.outputs_item`), so
+that none runs what another one ran.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import prod
 
 import torch
@@ -26,6 +29,8 @@ from hwmpq.sensitivity.task import Cells, Estimate, Forecast, Task
 from hwmpq.storage import plan
 
 LIMIT_BYTES = 2 * 2**30
+#: Outputs are saved up to this size.
+SAVED_BYTES = 8 * 2**20
 #: Batches' outputs: per batch, in the order of `graph.outputs`.
 Outputs = list[list[Tensor]]
 
@@ -71,10 +76,32 @@ class Runs:
     ) -> dict[Cells, Estimate]:
         """Of every wanted variant the mean of `increase`, which gives one value per sample."""
         open_ = self.task.open(wanted)
-        schedule = self.schedule(open_)
+        saved = self.saved(open_)
+        schedule = self.schedule(cells for cells in open_ if cells not in saved)
         self.announce(schedule)
+        known = ((cells, Estimate.of(increase(self.load(cells)))) for cells in saved)
         found = ((cells, Estimate.of(increase(y))) for cells, y in self.outputs(schedule))
-        return self.task.fill(wanted, found, self.work(schedule))
+        work = dict.fromkeys(saved, 1.0) | self.work(schedule)
+        return self.task.fill(wanted, chain(known, found), work)
+
+    def saved(self, wanted: Iterable[Cells]) -> set[Cells]:
+        """The single cells among them whose outputs an estimator saved."""
+        alone = (cells for cells in wanted if len(cells) == 1)
+        return {cells for cells in alone if self.task.done(self.task.outputs_item(cells))}
+
+    def load(self, cells: Cells) -> Outputs:
+        """The saved outputs, in one batch."""
+        kept = self.task.done(self.task.outputs_item(cells))
+        assert isinstance(kept, bytes)
+        flat = torch.frombuffer(bytearray(kept), dtype=torch.float32).to(self.task.device)
+        shapes = [(self.task.samples, *y.shape[1:]) for y in self.reference[0]]
+        parts = flat.split_with_sizes([prod(shape) for shape in shapes])
+        return [[part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]]
+
+    def _save(self, cells: Cells, outputs: Outputs) -> None:
+        whole = [torch.cat(batches).cpu().numpy() for batches in zip(*outputs, strict=True)]
+        if sum(y.nbytes for y in whole) <= SAVED_BYTES:
+            self.task.keep(self.task.outputs_item(cells), b"".join(y.tobytes() for y in whole))
 
     def schedule(self, wanted: Iterable[Cells]) -> list[Branch]:
         """In which order the variants run: branches in the order of their begin."""
@@ -95,7 +122,18 @@ class Runs:
         return sorted(branches, key=lambda branch: (branch.begin, branch.base))
 
     def outputs(self, schedule: Sequence[Branch]) -> Iterator[tuple[Cells, Outputs]]:
-        """Every variant of the schedule with its outputs."""
+        """Every variant of the schedule with its outputs, those of single cells saved."""
+        from hwmpq.sensitivity.elsewhere import shared_out
+
+        pool = self.task.pool
+        found = shared_out(self, schedule, pool) if pool and schedule else self.run(schedule)
+        for cells, outputs in found:
+            if len(cells) == 1:
+                self._save(cells, outputs)
+            yield cells, outputs
+
+    def run(self, schedule: Sequence[Branch]) -> Iterator[tuple[Cells, Outputs]]:
+        """Every variant of the schedule with its outputs, by this process."""
         trunk = Trunk(self, ())
         for branch in schedule:
             limb = Trunk(self, branch.base, trunk.at(branch.begin))
@@ -112,7 +150,8 @@ class Runs:
         """Tell the task's `forecast`; seconds are those of the `reference`, in proportion."""
         if self.task.forecast:
             work = self.work(schedule)
-            seconds = self._seconds * sum(work.values()) / sum(_sizes(self.task.graph))
+            workers = len(self.task.pool.workers) if self.task.pool else 1
+            seconds = self._seconds * sum(work.values()) / sum(_sizes(self.task.graph)) / workers
             whole = (self.whole_runs + len(work)) * self._layers_before[-1]
             self.task.forecast(Forecast(self.layer_runs + self.count(schedule), whole, seconds))
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hwmpq.executor import Pool
 from hwmpq.graph import Graph
 from hwmpq.quantize.interpret import Constants
 from hwmpq.quantize.scores import Score
@@ -31,6 +32,8 @@ Done = Callable[[str], Kept | None]
 Cell = tuple[int, int]
 #: Cells of different layers that are quantized together: none (fp32), one, or a pair in order.
 Cells = tuple[Cell, ...]
+#: So begin the names of items that are the same for every estimator, loss, labels and seed.
+SHARED = "outputs|"
 #: Standard errors are taken over so many groups of calibration samples.
 GROUPS = 8
 
@@ -86,7 +89,8 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The arguments of `estimate`, completed and checked. inputs: by name, samples first."""
+    """The arguments of `estimate`, completed and checked. inputs: by name, samples first; pool: the
+    workers that do the items; None: this process does."""
 
     graph: Graph
     quantizers: Quantizers
@@ -102,6 +106,7 @@ class Task:
     batch: int
     seed: int
     loss: Score
+    pool: Pool | None = None
 
     @property
     def samples(self) -> int:
@@ -147,6 +152,10 @@ class Task:
     def item(self, cells: Cells) -> str:
         """The name under which the estimate of these cells is saved."""
         return "|".join(f"{self.layers[i]}|{self.formats[j]}" for i, j in cells)
+
+    def outputs_item(self, cells: Cells) -> str:
+        """The name under which the outputs with these cells quantized are saved."""
+        return SHARED + self.item(cells)
 
     def open(self, wanted: Iterable[Cells]) -> list[Cells]:
         """Those without a saved estimate."""

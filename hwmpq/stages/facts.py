@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -16,11 +17,13 @@ from hwmpq.quantizers import Quantizers
 from hwmpq.stages.job import Images, Job, estimator_of
 from hwmpq.stages.latency import LatencyFacts
 from hwmpq.stages.menu import Menu
+from hwmpq.stages.pool import pool_of
 from hwmpq.types import BoolArray, Sensitivity, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hwmpq.quantize.calibrate import Observed
     from hwmpq.quantize.ranges import Method
     from hwmpq.sensitivity.task import Forecast, Kept
 
@@ -64,6 +67,14 @@ def calibrate(
         )  # fmt: skip
 
 
+def observe(job: Job, images: Images, formats: Sequence[str], equalize: bool) -> Observed:
+    """What the images tell for some formats, from which numbers of any setting can be made."""
+    from hwmpq.quantize.calibrate import observe as run
+
+    with job.progress.stage("calibrate", None) as advance:
+        return run(job.graph, batches(job, images), formats, equalize, lambda: advance(1))
+
+
 def batches(job: Job, images: Images) -> list[Tensor]:
     """The images that numbers are calibrated on; of large ones 64 are enough."""
     import torch
@@ -80,15 +91,13 @@ def batches(job: Job, images: Images) -> list[Tensor]:
 
 def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) -> Sensitivity:
     """loss[L, F] of every legal cell, item by item kept in the store."""
-    import torch
-
     from hwmpq import sensitivity
 
-    name, part, key = _asked(job, images)
+    name, part, keys = _asked(job, images)
     able = _able(job, menu)
 
     def save(item: str, value: Kept) -> None:
-        job.store.put_fact("sensitivity", f"{key}|{item}", value)
+        job.store.put_fact("sensitivity", keys.of(item), value)
 
     def tell(cost: Forecast) -> None:
         if cost.layer_runs:
@@ -97,8 +106,12 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
                 f" ({cost.without_reuse} without reuse), about {cost.seconds:.0f} s"
             )
 
-    labels = None if part.labels is None else torch.from_numpy(part.labels)
-    with job.progress.stage(f"sensitivity ({name})", 100) as advance:
+    with (
+        pool_of(job) as pool,
+        job.progress.stage(f"sensitivity ({name})", 100) as advance,
+    ):
+        if pool and sensitivity.needs_gradients(name):
+            job.progress.note(f"{name}: gradients are computed by this process alone")
         before = 0
 
         def note(items: int, of: int, _left: float) -> None:
@@ -107,28 +120,62 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
             advance(percent - before)
             before = percent
 
-        found = sensitivity.estimate(
-            name, quantizers.graph(job.graph), quantizers,
-            torch.from_numpy(part.batch(range(len(part)))), labels,
-            loss=job.options.loss, formats=menu.formats, legal=able, progress=note,
-            done=_done(job, key), save=save,
-            forecast=tell, seed=job.options.seed,
-        )  # fmt: skip
+        found = _estimate(job, images, menu, quantizers, tell, progress=note, save=save, pool=pool)
     if not np.isfinite(found.loss[able]).all():
         bad = [
             f"{job.network.names[i]} in {menu.formats[j]}"
             for i, j in np.argwhere(able & ~np.isfinite(found.loss))
         ]
-        raise InputError("sensitivities are not finite", ", ".join(bad[:5]))
+        raise InputError(
+            "sensitivities are not finite", ", ".join(bad[:5]),
+            next="Leave these formats out (--formats, --pin), or look at the model's outputs.",
+        )  # fmt: skip
     if found.pair_loss is not None:
-        job.store.put_fact("sensitivity", _pairs_key(job, menu, key), found.pair_loss.tobytes())
+        job.store.put_fact("sensitivity", _pairs_key(job, menu, keys), found.pair_loss.tobytes())
     return found
+
+
+def foreseen(job: Job, images: Images, menu: Menu, quantizers: Quantizers) -> Forecast:
+    """What `sensitivities` would cost. An estimator says so before it begins, and is left there."""
+    from hwmpq.sensitivity.task import Forecast
+
+    class Enough(Exception):
+        pass
+
+    costs: list[Forecast] = []
+
+    def tell(cost: Forecast) -> None:
+        costs.append(cost)
+        raise Enough
+
+    with suppress(Enough):
+        _estimate(job, images, menu, quantizers, tell)
+    return costs[0] if costs else Forecast(0, 0, 0.0)
+
+
+def _estimate(
+    job: Job, images: Images, menu: Menu, quantizers: Quantizers, tell: Callable[[Forecast], None],
+    **more: Any,
+) -> Sensitivity:  # fmt: skip
+    """The job's estimator on what it looks at, with what the store has."""
+    import torch
+
+    from hwmpq import sensitivity
+
+    name, part, keys = _asked(job, images)
+    labels = None if part.labels is None else torch.from_numpy(part.labels)
+    return sensitivity.estimate(
+        name, quantizers.graph(job.graph), quantizers,
+        torch.from_numpy(part.batch(range(len(part)))), labels,
+        loss=job.options.loss, formats=menu.formats, legal=_able(job, menu),
+        done=_done(job, keys), forecast=tell, seed=job.options.seed, **more,
+    )  # fmt: skip
 
 
 def stored_sensitivities(job: Job, images: Images, menu: Menu) -> Sensitivity:
     """loss[L, F] as far as the store has it; nan elsewhere, but 0 for fp32. Pairs: all or none."""
-    name, part, key = _asked(job, images)
-    done = _done(job, key)
+    name, part, keys = _asked(job, images)
+    done = _done(job, keys)
     able = _able(job, menu)
     loss = np.full(able.shape, np.nan)
     for i, j in np.argwhere(able):
@@ -136,7 +183,7 @@ def stored_sensitivities(job: Job, images: Images, menu: Menu) -> Sensitivity:
             loss[i, j] = 0.0
         elif kept := done(f"{job.network.names[i]}|{menu.formats[j]}"):
             loss[i, j] = float(kept[0])
-    pairs = job.store.fact("sensitivity", _pairs_key(job, menu, key))
+    pairs = job.store.fact("sensitivity", _pairs_key(job, menu, keys))
     matrix = None if pairs is None else np.frombuffer(pairs).reshape(loss.size, loss.size)
     return Sensitivity(job.network.names, menu.formats, loss, name, len(part), pair_loss=matrix)
 
@@ -147,30 +194,42 @@ def _able(job: Job, menu: Menu) -> BoolArray:
     return np.array(rows, bool)
 
 
-def _asked(job: Job, images: Images) -> tuple[str, DataSet, str]:
-    """The estimator, the images it looks at, and the start of the facts' keys."""
+@dataclass(frozen=True)
+class Keys:
+    """How the keys of facts begin: those of one estimator, and those that all of them share."""
+
+    own: str
+    shared: str
+
+    def of(self, item: str) -> str:
+        from hwmpq.sensitivity.task import SHARED
+
+        return f"{self.shared if item.startswith(SHARED) else self.own}|{item}"
+
+
+def _asked(job: Job, images: Images) -> tuple[str, DataSet, Keys]:
+    """The estimator, the images it looks at, and how the keys of its facts begin."""
     from hwmpq.quantize.scores import source_key
 
     name = estimator_of(job.options)
     large = job.graph.tensors[job.graph.inputs[0]][-1] >= 64
     count = min(SENSITIVITY_LARGE if large else SENSITIVITY_IMAGES, len(images.calib))
     part = images.calib.subset(np.linspace(0, len(images.calib) - 1, count).astype(int))
-    key = digest(
-        [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest, name, RANGES,
-         job.options.ptq, job.options.seed, source_key(job.options.loss)]
-    )  # fmt: skip
-    return name, part, key
+    o = job.options
+    common = [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest]
+    own = digest([*common, name, RANGES, o.ptq, o.seed, source_key(o.loss)])
+    return name, part, Keys(own, digest([*common, RANGES, o.ptq]))
 
 
-def _done(job: Job, key: str) -> Callable[[str], Kept | None]:
+def _done(job: Job, keys: Keys) -> Callable[[str], Kept | None]:
     """An estimator's item -> what the store has of it."""
-    return lambda item: job.store.fact("sensitivity", f"{key}|{item}")
+    return lambda item: job.store.fact("sensitivity", keys.of(item))
 
 
-def _pairs_key(job: Job, menu: Menu, key: str) -> str:
+def _pairs_key(job: Job, menu: Menu, keys: Keys) -> str:
     """Of the pair matrix for all cells of the menu, kept as the bytes of float64."""
     able = _able(job, menu).tolist()
-    return f"{key}|pairs|{digest([job.network.names, menu.formats, able])}"
+    return f"{keys.own}|pairs|{digest([job.network.names, menu.formats, able])}"
 
 
 def monotone_violations(found: Sensitivity) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import encoding_named, format_named
 from hwmpq.graph import Graph, Node
-from hwmpq.quantize.calibrate import calibrate, integer_encodings
+from hwmpq.quantize.calibrate import calibrate, integer_encodings, observe
 from hwmpq.quantize.ranges import Histogram, Method, quantizer_of
 from hwmpq.requantize import Quantizer
 from hwmpq.storage import plan
@@ -139,6 +139,25 @@ def test_calibration_is_deterministic_and_reports_progress() -> None:
     )
     assert first.activations == second.activations
     assert steps[:6] == [(i, 6) for i in range(1, 7)]
+
+
+def test_settings_share_what_was_observed() -> None:
+    """And are what each would be by itself, whichever was asked before."""
+    graph, menu = net(), ("w4a4",)
+    seen = observe(graph, batches(), menu, equalize=False)
+    settings: list[tuple[Method, float, bool]] = [
+        ("mse", 99.0, True), ("percentile", 90.0, False), ("percentile", 70.0, True),
+        ("mse", 90.0, False),
+    ]  # fmt: skip
+    for method, percentile, search in settings:
+        shared = seen.quantizers(method, percentile, bias=False, search=search)
+        alone = calibrate(graph, batches(), menu, method, percentile, search=search)
+        assert shared.activations == alone.activations
+        for key, weight in alone.weights.items():
+            assert np.array_equal(shared.weights[key].scale, weight.scale)
+            assert np.array_equal(shared.weights[key].codes, weight.codes)
+    first, *_, last = (seen.quantizers(m, p, bias=False, search=s) for m, p, s in settings)
+    assert first.activations is last.activations and first.weights is not last.weights
 
 
 def test_no_integer_format_needs_no_range() -> None:

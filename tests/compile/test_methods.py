@@ -108,7 +108,10 @@ def posed(job: Job, facts: Facts, ratio: float = 0.17, **options: Any) -> tuple[
     return Study(job, facts), replace(problem, budgets={"latency_s": ratio})
 
 
-@pytest.mark.parametrize("name", methods.names())
+GIVEN_A_NETWORK = [name for name in methods.names() if methods.named(name).design is None]
+
+
+@pytest.mark.parametrize("name", GIVEN_A_NETWORK)
 def test_a_legal_plan_within_the_budget(job: Job, facts: Facts, name: str, tmp_path: Path) -> None:
     training: dict[str, Any] = {"train": ("steps=30", "batch=32"), "train_out": str(tmp_path)}
     trains = methods.named(name).trained is not None
@@ -124,6 +127,26 @@ def test_a_legal_plan_within_the_budget(job: Job, facts: Facts, name: str, tmp_p
         assert found.quantizers.weight(layer, fmt)
     with pytest.raises(InfeasibleError, match="The fastest plan is"):
         methods.choose(study, replace(problem, budgets={"latency_s": 1e-9}))
+
+
+class Notes(Silent):
+    """Progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_auto_runs_the_single_cells_once(job: Job, facts: Facts, tmp_path: Path) -> None:
+    told = Notes()
+    with Store.open(tmp_path / "store.db") as store:
+        study, problem = posed(replace(job, store=store, progress=told), facts)
+        study.with_losses_of("clado-gn", problem)
+    first, second = told.notes
+    assert first.startswith("output-error: ") and f" {LAYERS} layer runs" not in first
+    assert second.startswith(f"clado-gn: {LAYERS} layer runs"), "those of fp32"
 
 
 def test_auto_is_never_worse_than_any_estimator_alone(job: Job, facts: Facts) -> None:
@@ -299,11 +322,6 @@ def test_the_best_setting_is_not_worse_than_the_default(job: Job, facts: Facts) 
 # names
 
 
-def test_what_is_not_in_this_version_says_so() -> None:
-    with pytest.raises(UnknownName, match="fliqs-nas is not implemented in this version"):
-        methods.settle(Options("m", method="fliqs-nas"))
-
-
 def test_only_methods_that_train_take_training() -> None:
     with pytest.raises(InputError, match="--train-out of the method hawq; allowed: fliqs"):
         methods.settle(Options("m", method="hawq", train=("steps=3",)))
@@ -314,4 +332,4 @@ def test_only_methods_that_train_take_training() -> None:
 def test_an_unknown_method() -> None:
     with pytest.raises(UnknownName, match=r"unknown method: got 'hawk'.*Nearest: hawq"):
         methods.settle(Options("m", method="hawk"))
-    assert {"auto", "hawq", "lcpaq", "clado", "fliqs"} <= set(methods.names())
+    assert {"auto", "hawq", "lcpaq", "clado", "fliqs", "fliqs-nas"} <= set(methods.names())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hwmpq.quantize.scores import LOSSES, Batch
 from hwmpq.quantize.simulate import Simulator
 from hwmpq.quantizers import Quantizers
 from hwmpq.sensitivity import rerun
-from hwmpq.sensitivity.task import Kept, Task
+from hwmpq.sensitivity.task import SHARED, Forecast, Kept, Task
 from hwmpq.types import Sensitivity
 
 FORMATS = ("fp32", "w8a8", "w6a6", "w4a4", "w2a2", "bf16")
@@ -98,6 +99,29 @@ def test_every_estimator(
             assert np.array_equal(whole.pair_loss, resumed.pair_loss)
         assert set(again) | set(known) == set(saved)
     assert not again, "everything was known"
+
+
+@pytest.mark.parametrize("name", ["measured", "clado-gn", "clado"])
+def test_what_one_estimator_ran_another_does_not_run(
+    name: str, case: tuple[Graph, Quantizers, torch.Tensor, torch.Tensor]
+) -> None:
+    graph, quantizers, x, labels = case
+    saved: dict[str, Kept] = {}
+    forecasts: list[Forecast] = []
+
+    def run(of: str, **more: Any) -> Sensitivity:
+        given = {"formats": FORMATS, "batch": 40, "forecast": forecasts.append, **more}
+        return sensitivity.estimate(of, graph, quantizers, x, labels, **given)
+
+    run("output-error", save=saved.__setitem__)
+    shared = {item: kept for item, kept in saved.items() if item.startswith(SHARED)}
+    alone, found = run(name), run(name, done=shared.get)
+    assert np.array_equal(found.loss, alone.loss)
+    if alone.pair_loss is not None:
+        assert np.array_equal(found.pair_loss, alone.pair_loss)
+    _, whole, rest = forecasts
+    assert rest.layer_runs < whole.layer_runs
+    assert name == "clado" or rest.layer_runs == len(LAYERS), "those of fp32"
 
 
 def test_seeds(case: tuple[Graph, Quantizers, torch.Tensor, torch.Tensor]) -> None:

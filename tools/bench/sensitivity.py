@@ -44,6 +44,8 @@ from hwmpq.types import Assignment, Problem, Sensitivity, digest
 PAIRED = ("clado", "clado-block", "clado-gn")
 DIAGONAL = ("hessian-trace", "fisher", "measured", "output-error", "weight-error")
 METHODS = (*PAIRED, *DIAGONAL, "auto", "uniform", "random")
+#: They take the same runs of one cell each; the pair terms of the other two need these runs too.
+SINGLES = ("clado-gn", "measured", "output-error")
 SOLVE_S = 60.0
 
 
@@ -129,7 +131,7 @@ def opened(net: Sequence[str], formats: str, words: argparse.Namespace) -> Case:
     options = Options(
         model, weights=weights[0] if weights else None, calib_data=calib, data=test,
         formats=("fp32", *formats.split(",")), calib=words.images, eval=words.test,
-        store=words.store, target=words.target,
+        store=words.store, target=words.target, max_time=np.inf,
     )  # fmt: skip
     job = open_job(methods.settle(options), Shown(), here=False)
     images = load_images(job)
@@ -195,15 +197,14 @@ def cell(case: Case, method: str, number: int, bits: float, key: str, log: Log) 
 
 
 def bytes_of(case: Case, bits: float) -> float:
-    """The size of the net with so many bits per weight, and scales and biases as of w8a8."""
-    layers = [la.workload for la in case.job.network.layers if la.workload.has_weight]
-    weights = sum(int(np.prod(work.weight_shape)) for work in layers)
-    whole = sum(
-        format_named("w8a8").nbytes(la.workload.weight_shape, la.bias)
-        for la in case.job.network.layers
-        if la.workload.has_weight
+    """The size of the net with so many bits per weight: between those of its uniform plans."""
+    assert case.problem.nbytes is not None
+    whole = case.problem.nbytes.sum(0)
+    known = sorted(
+        (format_named(f).weight.bits, size)
+        for f, size in zip(case.menu.formats, whole, strict=True)
     )
-    return whole - weights * (8 - bits) / 8
+    return float(np.interp(bits, *zip(*known, strict=True)))
 
 
 def proposed(
@@ -242,16 +243,21 @@ def drawn(case: Case, number: int) -> Images:
 def estimated(
     case: Case, images: Images, name: str, number: int, log: Log
 ) -> tuple[Sensitivity, dict[str, float]]:
-    """The estimate, from the store where it was made before, and what it cost when it was made."""
+    """The estimate, from the store where it was made before, and what it costs alone: runs that
+    estimators share are counted for each of them, as they took when they were made."""
+    shared = {"seconds": 0.0, "passes": 0.0}
+    if name in PAIRED and name not in SINGLES:
+        _, shared = estimated(case, images, SINGLES[0], number, log)
     job = replace(case.job, options=replace(case.job.options, sensitivity=name))
     start = time.perf_counter()
     found = facts.sensitivities(job, images, case.menu, case.quantizers)
-    key = digest(["cost", case.name, case.job.key, name, number, images.calib.digest])
+    runs = "singles" if name in SINGLES else name
+    key = digest(["cost", case.name, case.job.key, runs, number, images.calib.digest])
     row = log.rows.get(key) or log.add(
         key, seconds=time.perf_counter() - start,
         passes=found.samples * max(found.layer_runs / len(found.layers), 1.0),
     )  # fmt: skip
-    return found, {"seconds": row["seconds"], "passes": row["passes"]}
+    return found, {of: row[of] + before for of, before in shared.items()}
 
 
 def with_losses(problem: Problem, found: Sensitivity) -> Problem:

@@ -14,6 +14,7 @@ from typing import Any
 from hwmpq import targets
 from hwmpq.devices import Device
 from hwmpq.errors import DeviceError
+from hwmpq.executor import WorkerCrashed, WorkerFailed
 from hwmpq.measure import probe
 from hwmpq.measure.process import WorkerProcess
 from hwmpq.measure.protocol import CellTiming, Protocol
@@ -189,7 +190,10 @@ class PoolWorker(RemoteWorker):
                 if self.place is not None:
                     self.pool.worked(self.place)
                 return answer
-        raise DeviceError(f"device {self.device.name} was lost {_TRIES} times", reason)
+        raise DeviceError(
+            f"device {self.device.name} was lost {_TRIES} times", reason,
+            next="See `hwmpq devices`; then the same command again: it goes on.",
+        )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         self._lease()

@@ -45,8 +45,8 @@ def check_host(host: str, trusted: bool) -> None:
     if not (inside or trusted):
         raise InputError(
             "address to listen on", host, "127.0.0.1, ::1, localhost",
-            "RPC lets whoever reaches the port run programs here: use an ssh tunnel (see README), "
-            "or add --trust-network.",
+            "RPC lets whoever reaches the port run programs here: use an ssh tunnel "
+            "(docs/guides/devices.md), or add --trust-network.",
         )  # fmt: skip
 
 
