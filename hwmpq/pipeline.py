@@ -14,19 +14,21 @@ confirmed         the best few timed once more, afresh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hwmpq import methods
 from hwmpq.errors import InfeasibleError, InputError
 from hwmpq.measure import WorkerProcess
 from hwmpq.methods.study import Chosen, Study
-from hwmpq.methods.trials import Trial, attempt_all, candidates, confirmed, frozen
+from hwmpq.methods.trials import Frozen, Trial, attempt_all, candidates, confirmed, fastest, frozen
+from hwmpq.report import learning
 from hwmpq.stages import budget as budgets
 from hwmpq.stages import imported
 from hwmpq.stages.bench import Attempt, Bench, Clock, baseline_names, limit_seconds
+from hwmpq.stages.cells import timer
 from hwmpq.stages.choose import (
     Point,
     fastest_within_drop,
@@ -35,10 +37,21 @@ from hwmpq.stages.choose import (
     walk_frontier,
     within,
 )
+from hwmpq.stages.evidence import evidence, with_measured
 from hwmpq.stages.facts import Facts, calibrate, monotone_violations, sensitivities
+from hwmpq.stages.forecast import forecast
 from hwmpq.stages.ground import Ground, measured, refitted, survey
-from hwmpq.stages.job import Images, Job, Options, Progress, Silent, load_images, open_job
-from hwmpq.stages.latency import profile, timer
+from hwmpq.stages.job import (
+    Images,
+    Job,
+    Options,
+    Progress,
+    Silent,
+    load_images,
+    open_job,
+    train_folder,
+)
+from hwmpq.stages.latency import profile
 from hwmpq.stages.menu import make_menu
 from hwmpq.stages.place import check_place, workshop
 from hwmpq.stages.predicted import fill_in
@@ -47,7 +60,6 @@ from hwmpq.stages.result import (
     EXIT_CODES,
     LayerRow,
     Result,
-    forecast,
     layer_rows,
     predicted_interval,
     result_json,
@@ -55,6 +67,9 @@ from hwmpq.stages.result import (
 )
 from hwmpq.stages.verify import Accuracy, Jury
 from hwmpq.types import Assignment
+
+if TYPE_CHECKING:
+    from hwmpq.quantize.judge import Judgement
 
 __all__ = ["EXIT_CODES", "LayerRow", "Options", "Progress", "Result", "quantize_model"]
 
@@ -72,17 +87,20 @@ def quantize_model(
     images, model: where they do not come from the options (`hwmpq.quantize`); model: a LoadedModel.
     """
     options = methods.settle(options)
-    limit = budgets.parse_latency(options.latency)
     budgets.parse_sums(options.max_size, options.max_bops)
     if not options.dry_run:
         check_place(Path(options.out))
     clock = Clock()
+    if design := methods.named(options.method).design:
+        with clock.time("search"):
+            model, options = design(options, progress or Silent(), images, model)
+    limit = budgets.parse_latency(options.latency)
     with clock.time("trace"):
         job = open_job(options, progress or Silent(), model)
     with job.store:
-        facts = gather(job, clock, images(job))
         if options.dry_run:
-            return forecast(job, facts.menu, facts.latency, clock.seconds)
+            return forecast(job, images(job), clock.seconds)
+        facts = gather(job, clock, images(job))
         with (
             workshop(Path(options.out)) as folder,
             timer(job, WorkerProcess) as worker,
@@ -113,12 +131,14 @@ def gather(job: Job, clock: Clock, images: Images) -> Facts:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The accepted (or best) attempt, how it was chosen, its accuracy and the rounds taken."""
+    """The accepted (or best) attempt, how it was chosen, its accuracy and the rounds taken;
+    judged: plans whose drop was simulated on held-out images."""
 
     attempt: Attempt
     chosen: Chosen
     accuracy: Accuracy
     rounds: int
+    judged: Mapping[Frozen, Judgement] = field(default_factory=dict)
 
 
 def _build(bench: Bench) -> Result:
@@ -165,15 +185,17 @@ def closed_loop(bench: Bench, ground: Ground) -> tuple[Trial, int]:
     allowed, rounds = limit_seconds(bench.limit, ground.first), 0
     while rounds < MAX_ROUNDS:
         problem = within(ground.problem, allowed)
+        known = {frozen(trial.attempt.made.assignment) for trial in tried}
         with bench.clock.time("search"):
             try:
                 wanted = study.solve(problem).choice
-                known = {frozen(trial.attempt.made.assignment) for trial in tried}
                 plans = [] if wanted == settled else candidates(study, problem, known)
             except InfeasibleError:
                 if not tried:
                     raise
-                break
+                wanted, plans = {}, fastest(study, problem, known)
+                if not plans or min(tried, key=Trial.order).attempt.within_limit:
+                    break
         if not plans:
             tried = confirmed(bench, tried)
             if tried[0].attempt.within_limit:
@@ -190,7 +212,7 @@ def closed_loop(bench: Bench, ground: Ground) -> tuple[Trial, int]:
         ground = refitted(bench, ground, [trial.attempt for trial in trials])
         own = trials[0].attempt  # of the method's plan
         settled = wanted if own.within_limit else None
-        if settled is None:
+        if not own.within_limit:
             allowed = _below(bench, ground, own, allowed)
     return confirmed(bench, tried)[0], rounds
 
@@ -234,7 +256,7 @@ def _fastest(bench: Bench, ground: Ground, points: list[Point], max_drop: float)
         accuracy = bench.accuracy(trial.attempt.made, trial.chosen.quantizers)
         enough = accuracy.drop <= max_drop
         if enough or rounds >= MAX_ROUNDS or index + 1 >= len(points):
-            return Plan(trial.attempt, trial.chosen, accuracy, rounds)
+            return Plan(trial.attempt, trial.chosen, accuracy, rounds, jury.judged)
         job.progress.note(
             f"round {rounds}: drop {accuracy.drop:.2f} points is above {max_drop:g}; "
             "taking the next slower plan"
@@ -252,7 +274,9 @@ def _finish(
     out = Path(job.options.out)
     baselines = bench.baseline_rows(attempt.timed)
     status = status_of(attempt, plan.accuracy, max_drop)
+    proof = evidence(bench, ground, attempt) | _recorded(job)
     rows = layer_rows(job, facts.menu, ground.latency, ground.problem, attempt.made.assignment)
+    rows = with_measured(rows, proof["steps"])
     json = result_json(
         job, status=status, ambiguous=attempt.ambiguous, assignment=attempt.made.assignment,
         rows=rows, predicted_s=attempt.predicted_s,
@@ -263,6 +287,21 @@ def _finish(
         split=facts.images.split, new_timings=facts.latency.new_timings,
         failures=facts.latency.failures, estimator=facts.loss.estimator,
     )  # fmt: skip
-    result = Result(json, rows, frontier_rows(points), EXIT_CODES[status], ground.problem)
+    curve = frontier_rows(points)
+    for point in curve:
+        if judged := plan.judged.get(frozen(point["assignment"])):
+            point |= {"drop": judged.drop, "n": judged.n}
+    result = Result(json, rows, curve, EXIT_CODES[status], ground.problem, proof)
     result.write(out, attempt.made.path)
     return result
+
+
+def _recorded(job: Job) -> dict[str, Any]:
+    """How a method that trains came to its plan, where it has kept that."""
+    if not methods.named(job.options.method).trained:
+        return {}
+    from hwmpq.methods.fliqs.loop import POLICY, SCALARS
+
+    folder = Path(train_folder(job.options))
+    policy = folder / POLICY
+    return learning.recorded(policy, folder / SCALARS) if policy.is_file() else {}

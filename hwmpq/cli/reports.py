@@ -19,25 +19,58 @@ def register(app: typer.Typer) -> None:
 
 def report(
     result: Annotated[
-        Path, typer.Argument(metavar="RESULT", help="result.json, or the folder that holds one.")
+        Path,
+        typer.Argument(
+            metavar="RESULT",
+            help="result.json, or the folder that holds one; evaluation.json likewise.",
+        ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="FILE.html or FILE.md; beside the result."),
+        typer.Option("--out", metavar="FILE", help="FILE.html, .md or .json; beside the result."),
     ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="KIND", help="html, md or json; html.")
+    ] = None,
+    peer: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--peer",
+            metavar="FILE",
+            help="What `hwmpq bench ARTIFACT --against NAME MODEL --json` printed: the other "
+            "runtime is shown too; may be repeated.",
+        ),
+    ] = None,
+    anonymize: Annotated[
+        bool,
+        typer.Option(
+            "--anonymize",
+            help="Leave out what tells whose model and machine it is: names of model, layers, "
+            "data, device and CPU, paths, dates and the command line.",
+        ),
+    ] = False,
 ) -> Answer:
-    """Write the report of a result again: one HTML file without outside parts, or Markdown.
+    """Write the report of a result again: one HTML file without outside parts, Markdown or JSON.
 
-    Example: hwmpq report hwmpq-out --out report.md
+    Example: hwmpq report hwmpq-out --to md --anonymize
     """
     from hwmpq import report as pages
+    from hwmpq.report import evaluation
+    from hwmpq.report.content import EVALUATION
 
-    file = result / "result.json" if result.is_dir() else result
-    place = out or file.with_name("report.html")
-    if place.suffix not in (".html", ".md"):
-        raise InputError("report file", place, "NAME.html or NAME.md")
-    found, rows, frontier = pages.read(file)
-    write = pages.html if place.suffix == ".html" else pages.markdown
-    write(found, rows, frontier, place)
-    told = {"version": VERSION, "report": str(place), "status": found.get("status")}
+    if to not in (None, *pages.KINDS):
+        raise InputError("--to", to, pages.KINDS)
+    file = pages.file_in(result)
+    place = out or file.with_name(f"report.{to or 'html'}")
+    if to and place.suffix != f".{to}":
+        raise InputError(f"--to {to} and --out", place, f"NAME.{to}")
+    if file.name == EVALUATION:
+        found = evaluation.read(file)
+        evaluation.write(evaluation.anonymized(found) if anonymize else found, place)
+        return Answer({"version": VERSION, "report": str(place)}, f"written: {place}")
+    content = pages.with_peers(pages.read(file), peer or [])
+    if anonymize:
+        content = pages.anonymized(content)
+    pages.write(content, place)
+    told = {"version": VERSION, "report": str(place), "status": content.result.get("status")}
     return Answer(told, f"written: {place}")

@@ -1,17 +1,21 @@
-"""target probe, target check: does a target fit this machine, are its kernels right?"""
+"""target probe, check, evaluate: does a target fit this machine, are its kernels right and fast?"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hwmpq.cli import options as shared
 from hwmpq.cli.command import command
-from hwmpq.cli.output import VERSION, Answer
+from hwmpq.cli.output import VERSION, Answer, plain
 from hwmpq.cli.progress import reporter
+from hwmpq.errors import InputError
 
 group = typer.Typer(help="Look at a target, and test its kernels.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="See `hwmpq targets`.")]
@@ -20,11 +24,27 @@ _CHUNK = 25
 _DEADLINE_S = 600.0
 
 
-def probe(name: Name = "native") -> Answer:
+def probe(
+    name: Name = "native",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="NAME.toml",
+            help="Measure this machine and write a target file for it; HWMPQ_TARGET_PATH names the "
+            "folder that it is found in.",
+        ),
+    ] = None,
+) -> Answer:
     """What the target file says beside what this machine has.
 
-    Example: hwmpq target probe x86-avx512-vnni
+    With --out also a target file for this very machine: its features and caches, measured peaks,
+    clock and bandwidths.
+
+    Example: hwmpq target probe --out lab-7.toml
     """
+    if out is not None:
+        return _written(name, out)
     from hwmpq import targets
     from hwmpq.formats import format_named, known_formats
     from hwmpq.kernels.micro import micros
@@ -56,6 +76,23 @@ def probe(name: Name = "native") -> Answer:
     return Answer(told, "\n".join(lines))
 
 
+def _written(name: str, out: Path) -> Answer:
+    if name != "native":
+        raise InputError("NAME with --out", name, next="The file is about this machine: leave it.")
+    from hwmpq.side_jobs import probe_machine
+
+    target = probe_machine(out, reporter())
+    assert target.measured is not None
+    told = {"version": VERSION, "file": str(out), **asdict(target)}
+    lines = [f"{out}: {target.description}", f"features: {' '.join(sorted(target.features))}",
+             f"clock: {target.measured.clock_hz / 1e9:.2f} GHz"]  # fmt: skip
+    lines += [f"{pair}: {peak:g} multiply-accumulates per cycle"
+              for pair, peak in target.peaks.items()]  # fmt: skip
+    lines += [f"{level}: {rate / 1e9:.1f} GB/s" for level, rate
+              in target.measured.bandwidth.items()]  # fmt: skip
+    return Answer(told, "\n".join(lines))
+
+
 def _by_kernel(formats: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """Names of micro-kernels -> the formats that just these take."""
     found: dict[str, list[str]] = {}
@@ -77,17 +114,22 @@ def check(
     """Conformance: compile kernels of the target, run them, compare with the reference.
 
     Instructions that this CPU lacks are emulated; kernels for another kind of machine run as they
-    are under its emulator (QEMU), where code for newer chips must be trapped. A kernel that crashes
-    is one more failure, not the end. Also says what no kernel runs, and why. Exit code 5 when any
-    case is wrong.
+    are under its emulator (QEMU), where code for newer chips must be trapped. Kernels for a GPU are
+    compiled for it, inspected (no spills, tensor cores used) and run on this CPU. A kernel that
+    crashes is one more failure, not the end. Also says what no kernel runs, and why. Exit code 5
+    when any case is wrong.
 
     Example: hwmpq target check arm-cortex-a76 --limit 100
     """
     from hwmpq import targets
     from hwmpq.kernels import conformance, guest
+    from hwmpq.kernels.cuda import check as gpu
 
     target = targets.load(name)
-    if target.foreign:
+    guests = target.foreign and not target.gpu
+    if target.gpu:
+        gpu.check_tools()
+    elif guests:
         guest.check_tools(target)
     cases = _cases(target.name, everything)
     count = min(len(cases), limit or len(cases))
@@ -101,7 +143,7 @@ def check(
                 for i, wrong in _run(target.name, everything, part)
             ]
             advance(len(part))
-    trapped = conformance.traps(target) if target.foreign else {}
+    trapped = conformance.traps(target) if guests else {}
     failures += [
         {"case": f"a kernel of {other}", "wrong": f"not trapped: {ended}"}
         for other, ended in trapped.items()
@@ -110,7 +152,8 @@ def check(
     kernels = Counter(cases[i].kernel for i in chosen)
     missing = conformance.unsupported(target.features)
     told = {"version": VERSION, "target": target.name, "cases": count, "of": len(cases),
-            "emulator": target.emulator[0] if target.foreign else "", "kernels": dict(kernels),
+            "emulator": target.emulator[0] if guests else "", "kernels": dict(kernels),
+            "ran": gpu.how(target) if target.gpu else "",
             "traps": trapped, "unsupported": missing,
             "status": "accuracy" if failures else "met", "failures": failures}  # fmt: skip
     lines = [f"{kernel}: {number} cases" for kernel, number in sorted(kernels.items())]
@@ -120,9 +163,61 @@ def check(
         for op, reasons in missing.items()
         for fmt in list(reasons)[:1]
     ]
+    if target.gpu:
+        lines.append(gpu.how(target))
     lines.append(f"{count} of {len(cases)} cases, {len(failures)} wrong")
     lines += [f"  {f['case']}: {f['wrong']}" for f in failures]
     return Answer(told, "\n".join(lines), 5 if failures else 0)
+
+
+def evaluate(
+    models: Annotated[
+        str | None,
+        typer.Option("--models", metavar="MODEL,MODEL,..", help="Networks; some of the zoo."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for the report.")
+    ] = Path("hwmpq-evaluation"),
+    name: Name = "native",
+    **given: Any,
+) -> Answer:
+    """What a chip does with networks: every layer in every format measured, how near each comes to
+    the machine's roof, what mixed precision gains, how good the cost model is, energy where it is
+    counted.
+
+    DIR gets evaluation.json and report.html, after every network; starting it again goes on.
+    --dry-run says how long it would take.
+
+    Example: hwmpq target evaluate native --models zoo:resnet18,zoo:vit_tiny --out lab-7
+    """
+    from hwmpq.report import evaluation
+    from hwmpq.report.content import EVALUATION
+    from hwmpq.side_jobs import evaluate_target
+    from hwmpq.side_jobs.evaluate import NETWORKS
+
+    chosen = tuple(shared.words(models)) or NETWORKS
+    asked = shared.options(model="", target=name, **given)
+    pages = [out / EVALUATION, out / "report.html"]
+
+    if out.exists() and not out.is_dir():
+        raise InputError("--out", out, "a folder")
+
+    def keep(found: Mapping[str, Any]) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        for page in pages:
+            evaluation.write(plain(found), page)
+
+    found = evaluate_target(asked, chosen, reporter(), keep)
+    if asked.dry_run:
+        lines = [f"{n['model']}: {n['cells']} cells to measure, about {_minutes(n['forecast_s'])}"
+                 for n in found["networks"]]  # fmt: skip
+        return Answer(found, "\n".join([*lines, f"in all {_minutes(found['forecast_s'])}"]))
+    lines = [evaluation.verdict(found), *(f"written: {page}" for page in pages)]
+    return Answer(found, "\n".join(lines))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def check_cases(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,8 +243,10 @@ def _cases(name: str, everything: bool) -> list[Any]:
     from hwmpq import targets
     from hwmpq.kernels import conformance
 
-    features = targets.load(name).features
-    return list(conformance.grid(features)) if everything else conformance.subset(features)
+    target = targets.load(name)
+    if everything:
+        return list(conformance.grid(target.features))
+    return conformance.subset(target.features, conformance.kinds(target))
 
 
 def _run(name: str, everything: bool, numbers: Sequence[int]) -> list[tuple[int, str]]:
@@ -170,3 +267,4 @@ def _run(name: str, everything: bool, numbers: Sequence[int]) -> list[tuple[int,
 
 command(group)(probe)
 command(group)(check)
+command(group, "device", "threads", "allow_estimates", "formats", *shared.WORK, "dry_run")(evaluate)

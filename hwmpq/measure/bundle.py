@@ -31,6 +31,7 @@ from hwmpq.types import reject_unknown
 
 #: No call of a kernel ends before this, in seconds, or lasts as long as that.
 PLAUSIBLE_S = (1e-9, 600.0)
+_AGAIN = "Copy result.json again, or run the bundle again there."
 _RUNNER = """\
 import os
 import sys
@@ -119,7 +120,7 @@ def read_result(path: Path) -> Result:
         if found["hwmpq_result"] != VERSION or manifest["hwmpq_bundle"] != VERSION:
             raise InputError(f"result {path}", found["hwmpq_result"], f"version {VERSION}")
         if _sha256(json.dumps(manifest, sort_keys=True).encode()) != found["bundle"]:
-            raise InputError(f"result {path}: its manifest is not that of the bundle")
+            raise InputError(f"result {path}: its manifest is not that of the bundle", next=_AGAIN)
         name = found["fingerprint"]
         if not re.fullmatch(r"[\w-]{1,80}", name, re.ASCII):
             raise InputError("fingerprint", repr(name))
@@ -132,7 +133,7 @@ def read_result(path: Path) -> Result:
             [(rows[timing.key], timing) for timing in timings],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"damaged result {path}", repr(error)) from error
+        raise InputError(f"damaged result {path}", repr(error), next=_AGAIN) from error
 
 
 def _plausible(key: str, data: Mapping[str, Any]) -> CellTiming:

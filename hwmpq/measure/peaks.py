@@ -35,6 +35,8 @@ _STEPS = 128
 #: How often a call walks through its operands, and bytes that a call reads at least: both make a
 #: call some 100 µs long, beside which calling it is nothing.
 _TIMES, _READ_BYTES = 1000, 16 << 20
+#: Links of the chain that the clock is read from.
+_CHAIN = 100_000
 #: Independent sums of the reading loop, each a vector wide.
 _SUMS = 8
 
@@ -77,6 +79,26 @@ def read_bandwidths(target: Target) -> tuple[Level, ...]:
         seconds = _best_s(_reading(nbytes // 4, target.vector_bytes // 4, times), arrays, target)
         levels.append(Level(name, nbytes, nbytes * times / seconds))
     return tuple(levels)
+
+
+def clock_hz(target: Target) -> float:
+    """Cycles per second under load: an addition and an exclusive or that wait for each other take
+    one cycle each on every core with vectors (uops.info; Arm's software optimization guides)."""
+    seconds = _best_s(_waiting(), [np.zeros(1, np.int32)], target)
+    return 2 * _CHAIN / seconds
+
+
+def _waiting() -> Any:
+    """x[0] = what a chain of sums and exclusive ors of a counter makes of it."""
+    ir = IR()
+    with ir.function():
+        x = ir.arg("x", 1, "int32")
+        value = ir.local(1, "int32")
+        ir.store(value, 0, ir.load(x, 0))
+        with ir.loop(_CHAIN) as i:
+            ir.store(value, 0, (ir.load(value, 0) + 1) ^ i)
+        ir.store(x, 0, ir.load(value, 0))
+    return ir.result()
 
 
 def _best_s(function: Any, arrays: Sequence[NDArray[Any]], target: Target) -> float:

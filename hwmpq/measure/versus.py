@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Literal
 
 from hwmpq.errors import InputError
@@ -55,6 +56,15 @@ class Comparison:
     def regressed(self) -> bool:
         """Is a cell slower, or does one fail that had a time?"""
         return any(pair.word in ("SLOWER", "BROKEN") for pair in self.pairs)
+
+
+def by_format(pairs: Iterable[Pair]) -> dict[str, tuple[int, float]]:
+    """Format -> cells with a time on both sides, and the geometric mean of b over a."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for pair in pairs:
+        if pair.ratio is not None:
+            found[pair.format].append(pair.ratio)
+    return {name: (len(group), geometric_mean(group)) for name, group in found.items()}
 
 
 def chosen(rows: Iterable[Row], wanted: Mapping[str, str]) -> list[Row]:

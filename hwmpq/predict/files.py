@@ -25,12 +25,14 @@ from hwmpq.predict.rows import Row, Table
 from hwmpq.predict.spread import Spread
 from hwmpq.targets import Target
 from hwmpq.targets import load as load_target
+from hwmpq.toml_text import dumps
 from hwmpq.types import digest
 
 CARD_VERSION = 3
 MODEL, HEADS, CARD, ROWS = "model.ubj", "heads.ubj", "card.toml", "rows.jsonl"
 _MAX_BYTES = 256 << 20
 _PROBES = 16
+_HEAD = "# Written by hwmpq.predict; its numbers are read back exactly.\n"
 _AGAIN = "Train it again: python tools/train_cost_model.py --target {target}."
 
 
@@ -46,7 +48,7 @@ def save(predictor: Predictor, folder: Path) -> None:
     }
     for name, data in parts.items():
         (folder / name).write_bytes(data)
-    (folder / CARD).write_text(_toml(_card(predictor, parts)), encoding="utf-8")
+    (folder / CARD).write_text(_HEAD + dumps(_card(predictor, parts)), encoding="utf-8")
 
 
 def load(folder: Path, target: Target | None) -> Predictor:
@@ -230,33 +232,3 @@ def _booster(folder: Path, model: bytes, again: str) -> Any:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _toml(card: Mapping[str, Any]) -> str:
-    """TOML of plain values, then of tables; two levels, and two more for the errors."""
-    lines = ["# Written by hwmpq.predict; its numbers are read back exactly."]
-    lines += [f"{key} = {_value(v)}" for key, v in card.items() if not isinstance(v, Mapping)]
-    for table, values in card.items():
-        if isinstance(values, Mapping):
-            plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
-            lines += ["", f"[{table}]", *(f"{_key(k)} = {_value(v)}" for k, v in plain.items())]
-            for name, inner in values.items():
-                if isinstance(inner, Mapping):
-                    lines += ["", f"[{table}.{_key(name)}]"]
-                    lines += [f"{_key(k)} = {_value(v)}" for k, v in inner.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _key(name: str) -> str:
-    return json.dumps(str(name), ensure_ascii=False)
-
-
-def _value(value: Any) -> str:
-    """A TOML value. JSON's strings are TOML's; nan and inf are written as TOML spells them."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(float(value)) if isinstance(value, float) else str(int(value))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-import time
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from hwmpq import toolchain
-from hwmpq.report import words
+from hwmpq.errors import UnknownName
+from hwmpq.formats import format_named
+from hwmpq.report import account, charts, learning, words
+from hwmpq.report.content import Content, Entry
 from hwmpq.report.words import part
 
 #: A class of colour per status.
@@ -19,27 +19,37 @@ _FIELDS = (
     *("name", "op", "shape", "format", "kernel", "execution", "loss"),
     *("predicted_s", "measured_s", "options", "why_not", "latency_source"),
 )
+#: What the parity of predictions is shown for: evidence, in words, and what its colours tell.
+_PARITIES = (
+    ("artifacts", "whole artifacts, by the sum of their parts", "name"),
+    ("steps", "kernel calls inside the artifact, by their prices", "kind"),
+    ("cells", "layers in formats, by the cost model", "format"),
+)
+#: Options that say where things lie, not what is done.
+_PLACES = ("store", "out", "train_out", "fresh", "dry_run")
 
 
-def view(
-    result: Mapping[str, Any], rows: Sequence[Any], frontier: Sequence[Mapping[str, Any]],
-    charts: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The variables of both templates. charts: with the frontier's chart and its script."""
-    layers = [_row(row, result) for row in rows]
-    plans = [_plan(plan) for plan in sorted(frontier, key=lambda p: p.get("latency_s") or 0.0)]
+def view(content: Content) -> dict[str, Any]:
+    """The variables of both templates."""
+    result, evidence = content.result, content.evidence
+    layers = [_row(row, result) for row in content.rows]
+    plans = [_plan(plan) for plan in
+             sorted(content.frontier, key=lambda p: p.get("latency_s") or 0.0)]  # fmt: skip
     return {
         "title": f"{result.get('model', 'model')} on {result.get('target', 'target')}",
         "tone": _TONES.get(str(result.get("status")), "warn"),
         "verdict": words.verdict(result),
         "facts": _facts(result),
         "budget": _budget(result),
-        "bars": _bars(result),
+        "bars": _bars(content),
         "layers": layers,
         "totals": _totals(layers),
         "mix": Counter(row["format"] for row in layers).most_common(),
         "plans": plans,
-        "chart": _chart(plans, result) if charts and len(plans) > 1 else None,
+        "waterfall": _waterfall(content),
+        "parities": _parities(evidence),
+        "policy": learning.strips(evidence.get("policy")),
+        "charts": _charts(content, layers),
         "executions": {e: words.EXECUTIONS[e] for e in words.EXECUTIONS
                        if any(row["execution"] == e for row in layers)},
         "sources": {s: words.SOURCES[s] for s in words.SOURCES
@@ -48,32 +58,61 @@ def view(
         "failures": {str(k): str(v) for k, v in (result.get("failures") or {}).items()},
         "timed": any(row["measured_s"] is not None for row in layers),
         "beside": any("fp32" in row["options"] for row in layers),
+        "doubts": doubts(part(result, "environment", "quality") or {}),
         "environment": _environment(result),
+        "reproduce": command(result),
         "seconds": {k: words.seconds(v) for k, v in (result.get("seconds") or {}).items()},
         "words": words,
     }  # fmt: skip
 
 
-def _row(row: Any, result: Mapping[str, Any]) -> dict[str, Any]:
-    given: Mapping[str, Any]
-    if isinstance(row, Mapping):
-        given = row
-    elif is_dataclass(row) and not isinstance(row, type):
-        given = asdict(row)
-    else:
-        given = vars(row)
+def numbers(content: Content) -> dict[str, Any]:
+    """The JSON twin: what the page shows, as numbers."""
+    measured = part(content.result, "latency_s", "measured")
+    evidence = content.evidence
+    return {
+        "version": 1, "verdict": words.verdict(content.result), "result": content.result,
+        "layers": [_row(row, content.result) for row in content.rows],
+        "frontier": content.frontier, "peers": content.peers, "evidence": evidence,
+        "waterfall": account.waterfall(evidence.get("steps") or (), measured),
+        "parity": {name: account.parity(evidence.get(name) or ()) for name, _, _ in _PARITIES},
+        "doubts": doubts(part(content.result, "environment", "quality") or {}),
+        "reproduce": command(content.result),
+    }  # fmt: skip
+
+
+def _charts(content: Content, layers: Sequence[Entry]) -> list[charts.Chart]:
+    evidence = content.evidence
+    found = [
+        charts.accuracy(content), charts.frontier(content), *charts.layers(layers),
+        *(charts.parity(name, title, evidence.get(name) or (), key)
+          for name, title, key in _PARITIES),
+        *charts.curves(evidence.get("scalars") or ()),
+    ]  # fmt: skip
+    return [chart for chart in found if chart]
+
+
+def _row(given: Entry, result: Entry) -> dict[str, Any]:
     found = {name: given.get(name) for name in _FIELDS}
     for name in ("name", "op", "shape", "format", "kernel", "execution"):
         found[name] = "" if found[name] is None else str(found[name])
     source = found["latency_source"] or part(
         result, "kernels", str(found["name"]), "latency_source"
     )
-    found["source"] = source or ""
+    found["source"], found["bits"] = source or "", _bits(str(found["format"]))
     found["options"], found["why_not"] = found["options"] or {}, found["why_not"] or {}
     return found
 
 
-def _facts(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _bits(name: str) -> int | None:
+    """Of a weight; None for a format that another installation knows."""
+    try:
+        return format_named(name).weight.bits
+    except UnknownName:
+        return None
+
+
+def _facts(result: Entry) -> list[tuple[str, str, str]]:
     """(heading, value, remark) of the tiles on top."""
     base, accuracy = part(result, "baselines", "fp32"), result.get("accuracy") or {}
     measured = part(result, "latency_s", "measured")
@@ -92,7 +131,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [fact for fact in facts if fact[1] != words.NONE]
 
 
-def _budget(result: Mapping[str, Any]) -> dict[str, Any] | None:
+def _budget(result: Entry) -> dict[str, Any] | None:
     """Positions in percent of the width, for the measured interval beside the budget."""
     times = result.get("latency_s") or {}
     measured, budget = times.get("measured"), times.get("budget")
@@ -119,14 +158,19 @@ def _budget(result: Mapping[str, Any]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Ours and the uniform models: latency as length, the rest as text."""
+def _bars(content: Content) -> list[dict[str, Any]]:
+    """Ours, the uniform models and other runtimes: latency as length, the rest as text."""
+    result = content.result
     ours = {
         "latency_s": part(result, "latency_s", "measured"),
         "accuracy": part(result, "accuracy", "deployed"),
         "nbytes": part(result, "nbytes", "weights"),
     }
-    every = {"this plan": ours, **(result.get("baselines") or {})}
+    peers = {
+        f"{peer.get('name')}, float": {"latency_s": part(peer, "latency_s", "median")}
+        for peer in content.peers
+    }
+    every = {"this plan": ours, **(result.get("baselines") or {}), **peers}
     known = {name: base for name, base in every.items() if base and base.get("latency_s")}
     top = max((base["latency_s"] for base in known.values()), default=1.0)
     return [
@@ -141,42 +185,38 @@ def _bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _plan(plan: Mapping[str, Any]) -> dict[str, Any]:
-    mix = Counter((plan.get("assignment") or {}).values()).most_common()
+def _plan(plan: Entry) -> dict[str, Any]:
     return {
-        "latency_s": plan.get("latency_s"), "loss": plan.get("loss"),
-        "accuracy": plan.get("accuracy"), "nbytes": plan.get("nbytes"),
-        "mix": ", ".join(f"{count} × {fmt}" for fmt, count in mix),
-    }  # fmt: skip
+        **{name: plan.get(name) for name in ("latency_s", "loss", "drop", "nbytes")},
+        "mix": words.mix((plan.get("assignment") or {}).values()),
+    }
 
 
-def _chart(plans: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> dict[str, Any]:
-    """Plotly's figure of the frontier, and its script."""
-    from plotly.offline import get_plotlyjs
-
-    hover = [
-        f"{words.seconds(p['latency_s'])}, loss {words.loss(p['loss'])}, "
-        f"{words.nbytes(p['nbytes'])}<br>{_escaped(p['mix'])}"
-        for p in plans
+def _waterfall(content: Content) -> list[dict[str, Any]]:
+    """The groups with where their bars begin and how long they are, in percent of the whole."""
+    steps = content.evidence.get("steps") or ()
+    found = account.waterfall(steps, part(content.result, "latency_s", "measured"))
+    sizes = [
+        group["predicted_s"] if group["measured_s"] is None else group["measured_s"]
+        for group in found
     ]
-    trace = {
-        "x": [1e3 * p["latency_s"] for p in plans], "y": [p["loss"] for p in plans],
-        "text": hover, "hovertemplate": "%{text}<extra></extra>", "mode": "lines+markers",
-        "line": {"shape": "hv", "width": 2}, "marker": {"size": 8}, "name": "plans",
-    }  # fmt: skip
-    budget = part(result, "latency_s", "budget")
-    return {
-        "data": [trace], "budget_ms": None if budget is None else 1e3 * budget,
-        "script": get_plotlyjs(),
-    }  # fmt: skip
+    whole = sum(size for size in sizes if size) or 1.0
+    return [
+        {**group, "left": 100 * max(group["start_s"], 0.0) / whole,
+         "width": 100 * max(size or 0.0, 0.0) / whole, "share": 100 * (size or 0.0) / whole}
+        for group, size in zip(found, sizes, strict=True)
+    ]  # fmt: skip
 
 
-def _escaped(text: str) -> str:
-    """Plotly reads a few tags in its texts."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _parities(evidence: Entry) -> list[dict[str, Any]]:
+    found = [
+        {"id": name, "title": title, "told": account.parity(evidence.get(name) or ())}
+        for name, title, _ in _PARITIES
+    ]
+    return [one for one in found if one["told"]]
 
 
-def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _totals(layers: Sequence[Entry]) -> dict[str, Any]:
     def total(name: str) -> Any:
         values = [row[name] for row in layers]
         return None if not values or any(value is None for value in values) else sum(values)
@@ -188,7 +228,7 @@ def _totals(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _refusals(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _refusals(layers: Sequence[Entry]) -> list[dict[str, Any]]:
     """Reasons against formats, each once, with the layers it holds for."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in layers:
@@ -203,16 +243,57 @@ def _refusals(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _environment(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = ("model", "target", "device", "threads", "seed", "data", "sensitivity", "new_timings",
-             "rounds", "objective", "bound", "gap", "artifact")  # fmt: skip
-    told = [
-        (name.replace("_", " "), str(result[name]))
-        for name in names
-        if result.get(name) is not None
-    ]
-    versions = ", ".join(f"{k} {v}" for k, v in toolchain.versions().items())
-    return [
-        *told, ("versions", versions), ("python", platform.python_version()),
-        ("written", time.strftime("%Y-%m-%d %H:%M")),
+def doubts(quality: Entry) -> list[str]:
+    """What speaks against the times, of what was recorded with them; [] where nothing does."""
+    around = quality.get("environment") or {}
+    load, governor = around.get("load") or [0.0], around.get("governor")
+    return [text for held, text in (
+        (quality.get("noisy"), "too few quiet epochs: disturbed ones were counted"),
+        ((quality.get("steal") or 0.0) > 0.01, "another guest took part of the CPU's time"),
+        (abs(quality.get("drift") or 0.0) > 0.05, "the machine's speed changed meanwhile"),
+        (load[0] > len(around.get("affinity") or [0]) + 1, f"load average {load[0]:.1f}"),
+        (governor not in (None, "performance"), f"the CPU's governor is {governor}"),
+        (around.get("virtual"), "a virtual machine: neighbours on its host are not seen"),
+    ) if held]  # fmt: skip
+
+
+def _environment(result: Entry) -> list[tuple[str, str]]:
+    names = ("model", "target", "device", "threads", "seed", "data", "method", "sensitivity",
+             "new_timings", "rounds", "objective", "bound", "gap", "artifact")  # fmt: skip
+    around: Mapping[str, Any] = result.get("environment") or {}
+    machine, versions = around.get("machine") or {}, around.get("versions") or {}
+    caches = (machine.get("caches") or {}).items()
+    told = [(name.replace("_", " "), result.get(name)) for name in names]
+    told += [
+        ("machine", machine.get("model")),
+        ("caches", ", ".join(f"{name} {size >> 10} KiB" for name, size in caches)),
+        ("cores", machine.get("cores")), ("fingerprint", around.get("fingerprint")),
+        ("operating system", part(around, "quality", "environment", "kernel")),
+        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+        ("measured", around.get("date")),
     ]  # fmt: skip
+    return [
+        (name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        for name, value in told if value not in (None, "")
+    ]  # fmt: skip
+
+
+def command(result: Entry) -> str:
+    """The command line that asks for this result again; '' where it was asked for in Python."""
+    options = result.get("options")
+    if options is None or not (options.get("data") or options.get("calib_data")):
+        return ""
+    parts = ["hwmpq", "quantize", str(result.get("model"))]
+    for name, value in options.items():
+        if name in _PLACES:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("pins", "ties"):
+            parts += [item for each in value for item in (flag.removesuffix("s"), str(each))]
+        elif isinstance(value, bool):
+            parts.append(flag)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            parts += [flag, ",".join(map(str, value)) or "none"]
+        else:
+            parts += [flag, f"{value:g}s" if name == "max_time" else str(value)]
+    return shlex.join(parts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -46,7 +47,7 @@ def percent(value: Any) -> str:
 
 
 def points(value: Any) -> str:
-    return f"{value:+.2f}" if _number(value) else NONE
+    return f"{value + 0.0:+.2f}" if _number(value) else NONE  # no -0.00
 
 
 def loss(value: Any) -> str:
@@ -55,6 +56,11 @@ def loss(value: Any) -> str:
 
 def times(value: Any) -> str:
     return f"{value:.2f}×" if _number(value) else NONE
+
+
+def mix(formats: Iterable[str]) -> str:
+    """How many layers are in which format: '12 × w8a8, 2 × fp32'."""
+    return ", ".join(f"{count} × {fmt}" for fmt, count in Counter(formats).most_common())
 
 
 def interval(pair: Any) -> str:

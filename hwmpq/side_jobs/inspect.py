@@ -62,7 +62,7 @@ def inspect_model(options: Options, outputs: Sequence[str] = ()) -> dict[str, An
 
 def _runnable(network: Network) -> list[str]:
     """Formats that a kernel runs on a machine with every feature, in some layer."""
-    everything = frozenset(targets.FEATURES)
+    everything = frozenset(targets.vocabulary())
     workloads = {layer.workload for layer in network.layers}
     return [
         name for name in known_formats()

@@ -191,10 +191,12 @@ class Bench:
         timed = self.time({one.path.name: one for one in made})
         beside = {name: timed[name] for name in self.baselines}
         limit = limit_seconds(self.limit, beside)
-        return [
+        found = [
             Attempt(one, predicted_s, timed[one.path.name], beside, limit)
             for one, predicted_s in zip(made, prices, strict=True)
         ]
+        self.history += found
+        return found
 
     def reference(self) -> Any:
         """The float model's outputs on the test images."""
@@ -219,6 +221,7 @@ class Bench:
             for name, made in self.baselines.items():
                 rows[name] = {
                     "latency_s": timed[name].latency_s,
+                    "interval": list(timed[name].interval),
                     "accuracy": self._score(made, name),
                     "nbytes": made.weight_bytes,
                     "others": uniform(self.facts.menu, self.job.network, name)[1],

@@ -25,7 +25,7 @@ from hwmpq.lower.layout import NHWC, layouts
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages.job import Job
 from hwmpq.stages.schedule import timed_kernel
-from hwmpq.targets import FEATURES, Target
+from hwmpq.targets import Target, vocabulary
 from hwmpq.types import Assignment
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def make_artifact(
             "name": job.target.name,
             "tvm": dict(job.target.tvm),
             "features": sorted(job.target.features),
-            "cpu_flags": sorted({f for w in job.target.features for f in FEATURES[w].flags}),
+            "cpu_flags": sorted({f for w in job.target.features for f in vocabulary()[w].flags}),
         },
         "threads": job.options.threads,
         "inputs": [_input(job, name, golden) for name in job.graph.inputs],

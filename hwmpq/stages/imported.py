@@ -76,7 +76,10 @@ def read_table(data: bytes, path: Path, target: str) -> list[Measurement]:
         for entry in reader:
             row = _row(entry, f"{path}, line {reader.line_num}", target)
             if row.key in rows:
-                raise InputError(f"{path}, line {reader.line_num}", "a cell for the second time")
+                raise InputError(
+                    f"{path}, line {reader.line_num}", "a cell for the second time",
+                    next="Leave one of them out.",
+                )  # fmt: skip
             rows[row.key] = row
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"not a CSV table: {path}", error) from None

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq import data, devices, targets, toolchain
+from hwmpq import data, devices, executor, targets, toolchain
 from hwmpq.data import DataSet
 from hwmpq.devices import Device
 from hwmpq.errors import InputError, UnknownName
@@ -93,6 +93,7 @@ class Options:
     train_out: str | None = None
     tune: int = 0
     processes: int = 1
+    executor: str = "serial"
     allow_estimates: bool = False
     dry_run: bool = False
 
@@ -149,6 +150,7 @@ def check_options(o: Options) -> None:
         if value is not None and value < 1:
             raise InputError(name, value, "1 or more")
     check_steps(o.ptq)
+    executor.check(o.executor)
     if o.tune < 0:
         raise InputError("--tune", o.tune, "0 (off) or more")
     if o.max_drop is not None and not 0 <= o.max_drop <= 100:
@@ -224,7 +226,13 @@ def _target(name: str, device: Device) -> Target:
     if name == "native" and device.target:
         name = device.target
     if name != "native":
-        return targets.load(name)
+        target = targets.load(name)
+        if target.gpu:
+            raise InputError(
+                f"target {name}", "a GPU, for which nothing is timed or shipped yet", None,
+                f"`hwmpq target check {name}` compiles its kernels, inspects and emulates them.",
+            )  # fmt: skip
+        return target
     if device.remote:
         raise InputError(
             f"target of device {device.name}", "native", targets.names(),

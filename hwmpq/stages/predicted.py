@@ -26,7 +26,7 @@ def fill_in(job: Job, menu: Menu, facts: LatencyFacts) -> LatencyFacts:
     if not wanted:
         return facts
     try:
-        predictor = _predictor(job)
+        predictor = predictor_of(job)
     except InputError as error:
         told = {key: f"{reason}; not predicted: {error.what}" for key, reason in wanted.items()}
         return replace(facts, unknown={**facts.unknown, **told})
@@ -46,6 +46,24 @@ def fill_in(job: Job, menu: Menu, facts: LatencyFacts) -> LatencyFacts:
     count = len(facts.unknown) - len(unknown)
     job.progress.note(f"{count} of {len(wanted)} cells without a measured time are predicted")
     return replace(facts, layers=layers, unknown=unknown)
+
+
+def foretold(job: Job, menu: Menu, facts: LatencyFacts) -> list[tuple[Measurement, float]]:
+    """The measured cells that the target's cost model knows, with the seconds it says; none
+    without a model. Its own training cells may be among them."""
+    try:
+        predictor = predictor_of(job)
+    except InputError:  # none, or none for these kernels: nothing to compare
+        return []
+    threads, cells = job.options.threads, {}
+    for layer in job.network.layers:
+        for name, kernel in menu.kernels[layer.name].items():
+            cell, fmt = facts.cell(layer.workload, name), format_named(name)
+            timed = cell is not None and cell.source == "measured" and not cell.error
+            if cell and timed and predictor.why_not(layer.workload, fmt, threads) is None:
+                cells[layer.workload.key, name] = cell, (layer.workload, fmt, kernel, threads)
+    found = predictor.predict_many([item for _, item in cells.values()])
+    return [(cell, float(row[0])) for (cell, _), row in zip(cells.values(), found, strict=True)]
 
 
 def may_predict(reason: str) -> bool:
@@ -78,11 +96,14 @@ def spread(
     return facts.speed * low, facts.speed * high
 
 
-def _predictor(job: Job) -> Predictor:
+def predictor_of(job: Job) -> Predictor:
     """The cost model of the target. Raises InputError where there is none that fits."""
     folder = data_folder("cost_models") / job.target.name
     if not folder.is_dir():
-        raise InputError(f"there is no cost model of {job.target.name}")
+        raise InputError(
+            f"there is no cost model of {job.target.name}",
+            next="Run `hwmpq cost-model sample`, then `hwmpq cost-model train`.",
+        )
     try:
         predictor = Predictor.load(folder, job.target)
     except InputError as error:

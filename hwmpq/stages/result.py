@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hwmpq import artifact
+from hwmpq import artifact, toolchain
 from hwmpq.artifact.folder import replace_folder
 from hwmpq.errors import InputError
 from hwmpq.formats import format_named
+from hwmpq.measure.environment import hardware
 from hwmpq.search import solve
 from hwmpq.stages.bench import Attempt
 from hwmpq.stages.budget import parse_latency
 from hwmpq.stages.build import Made
 from hwmpq.stages.choose import loss_of, within
-from hwmpq.stages.job import Job
+from hwmpq.stages.job import Job, Options
 from hwmpq.stages.latency import LatencyFacts
 from hwmpq.stages.menu import Menu
 from hwmpq.stages.place import check_place, was_met
@@ -36,7 +38,8 @@ EXIT_CODES = {
 @dataclass(frozen=True)
 class LayerRow:
     """One line of the final table. options: format -> seconds of the cell; why_not: format ->
-    reason where there is none; latency_source: 'measured' or 'predicted', of the chosen cell."""
+    reason where there is none; latency_source: 'measured' or 'predicted', of the chosen cell;
+    measured_s: what it took inside the artifact."""
 
     name: str
     op: str
@@ -49,17 +52,20 @@ class LayerRow:
     options: Mapping[str, float]
     why_not: Mapping[str, str]
     latency_source: str = "measured"
+    measured_s: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """json: the contract's result.json; problem: to solve again from the same facts."""
+    """json: the contract's result.json; problem: to solve again from the same facts; evidence: of
+    `stages.evidence`."""
 
     json: dict[str, Any]
     rows: list[LayerRow]
     frontier: list[dict[str, Any]]
     exit_code: int
     problem: Problem | None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def assignment(self) -> Assignment:
@@ -70,10 +76,11 @@ class Result:
         return Path(self.json["artifact"])
 
     def report(self, path: str | Path) -> Path:
-        """Write the HTML report."""
-        from hwmpq.report import html
+        """Write the report: FILE.html, .md or .json."""
+        from hwmpq.report import Content, write
 
-        html(self.json, self.rows, self.frontier, Path(path))
+        rows = [asdict(row) for row in self.rows]
+        write(Content(self.json, rows, self.frontier, self.evidence), Path(path))
         return Path(path)
 
     def solve(self, latency: float | str | None = None, solver: str = "ilp") -> Solution:
@@ -82,7 +89,7 @@ class Result:
         latency: seconds, or a budget as `quantize` takes it. Raises InputError.
         """
         if self.problem is None:
-            raise InputError("a dry run has no problem to solve")
+            raise InputError("a dry run has no problem to solve", next="Run it without dry_run.")
         if latency == "fastest":
             return solve(replace(self.problem, minimize="latency_s"), solver)
         seconds = self._seconds(latency) if isinstance(latency, str) else latency
@@ -117,10 +124,11 @@ class Result:
             aside.mkdir()
             os.replace(made, aside / "artifact")
             (aside / "result.json").write_text(json.dumps(self.json, indent=1) + "\n")
-            rows = [asdict(row) for row in self.rows]
-            (aside / "rows.json").write_text(
-                json.dumps({"version": 1, "rows": rows, "frontier": self.frontier}, indent=1)
-            )
+            more = {
+                "version": 1, "rows": [asdict(row) for row in self.rows],
+                "frontier": self.frontier, "evidence": self.evidence,
+            }  # fmt: skip
+            (aside / "rows.json").write_text(json.dumps(more, indent=1) + "\n")
             self.report(aside / "report.html")
             replace_folder(aside, place)
         except OSError as error:
@@ -245,7 +253,23 @@ def result_json(
         "sensitivity": estimator,
         "new_timings": new_timings,
         "failures": failures,
-        "environment": {"quality": {k: v for k, v in own.quality.items() if k != "rounds"}},
+        "options": changed(o),
+        "environment": {
+            "quality": {k: v for k, v in own.quality.items() if k != "rounds"},
+            "fingerprint": job.fingerprint,
+            "machine": None if job.times_elsewhere else hardware(),
+            "versions": toolchain.versions(),
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+        },
+    }
+
+
+def changed(options: Options) -> dict[str, Any]:
+    """What the user asked for beside the defaults: field of Options -> value."""
+    return {
+        f.name: list(value) if isinstance(value, tuple) else value
+        for f in fields(options)
+        if (value := getattr(options, f.name)) != f.default and f.name != "model"
     }
 
 
@@ -267,18 +291,3 @@ def status_of(attempt: Attempt, accuracy: Accuracy, max_drop: float | None) -> s
     if attempt.own.interval[0] > attempt.timed["fp32"].interval[1]:
         return "slower"
     return "met"
-
-
-def forecast(job: Job, menu: Menu, latency: LatencyFacts, seconds: Mapping[str, float]) -> Result:
-    """What a run would do, without compiling networks."""
-    rows = [
-        LayerRow(la.name, la.workload.op, "", "", "", "", 0.0, None, {}, menu.reasons[la.name])
-        for la in job.network.layers
-    ]
-    json = {
-        "version": 1, "status": "met", "dry_run": True, "model": job.options.model,
-        "target": job.target.name, "device": job.device.name, "formats": list(menu.formats),
-        "layers": len(job.network.layers), "new_timings": latency.new_timings,
-        "seconds": dict(seconds),
-    }  # fmt: skip
-    return Result(json, rows, [], 0, None)

@@ -15,8 +15,8 @@ from hwmpq.artifact.golden import Replay
 from hwmpq.data import DataSet
 from hwmpq.measure.remote import RemoteArtifact, RemoteWorker
 from hwmpq.quantizers import Quantizers
+from hwmpq.stages.cells import timer
 from hwmpq.stages.job import Job
-from hwmpq.stages.latency import timer
 
 if TYPE_CHECKING:
     from hwmpq.quantize.judge import Judgement
@@ -91,7 +91,7 @@ class Jury:
         """limit: points that are allowed."""
         self.job, self.quantizers, self.data, self.limit = job, quantizers, data, limit
         self._reference: list[Any] = []
-        self._judged: dict[tuple[tuple[str, str], ...], Judgement] = {}
+        self.judged: dict[frozenset[tuple[str, str]], Judgement] = {}
 
     def judge(
         self, assignment: Mapping[str, str], quantizers: Quantizers | None = None
@@ -102,9 +102,9 @@ class Jury:
         from hwmpq.quantize.judge import judge, predict
         from hwmpq.quantize.simulate import Simulator
 
-        key, numbers = tuple(assignment.items()), quantizers or self.quantizers
-        if key in self._judged and numbers is self.quantizers:
-            return self._judged[key]
+        key, numbers = frozenset(assignment.items()), quantizers or self.quantizers
+        if key in self.judged and numbers is self.quantizers:
+            return self.judged[key]
         simulator = Simulator(self.job.graph, assignment, numbers)
         count, outputs = len(self.data), []
         with self.job.progress.stage("judge a candidate", count) as advance:
@@ -122,7 +122,7 @@ class Jury:
                 if high <= self.limit or low > self.limit:
                     break
         if numbers is self.quantizers:
-            self._judged[key] = found
+            self.judged[key] = found
         return found
 
     def allows(self, assignment: Mapping[str, str], quantizers: Quantizers | None = None) -> bool:

@@ -135,6 +135,25 @@ def _check(found: Any, wanted: Any, where: str) -> None:
         assert isinstance(found, wanted), f"{where} is {found!r}"
 
 
+def test_evidence_of_a_result(first: Result, runs: Runs) -> None:
+    told = json.loads((runs.folder / "out" / "rows.json").read_text())
+    steps = first.evidence["steps"]
+    assert told["evidence"] == first.evidence
+    layers = {step["name"]: step for step in steps if step["kind"] == "layer"}
+    assert {name: step["format"] for name, step in layers.items()} == first.assignment
+    assert {row.name: row.measured_s for row in first.rows} == {
+        name: step["measured_s"] for name, step in layers.items()
+    }
+    assert sum(step["measured_s"] for step in steps) < 2 * first.json["latency_s"]["measured"]
+    artifacts = first.evidence["artifacts"]
+    assert {"fp32", "w8a8", "mixed", "tried"} <= {item["name"] for item in artifacts}
+    assert {item["loss"] for item in artifacts if item["name"] == "fp32"} == {0.0}
+    assert [item["fitted"] for item in artifacts if item["name"] == "tried"] == [False]
+    known = {(cell["op"], cell["format"]) for cell in first.evidence["cells"]}
+    assert ("linear", "w8a8") in known or first.json["target"] != "x86-avx2"
+    assert any(plan.get("drop") is not None for plan in first.frontier)
+
+
 def test_result_keeps_the_contract(first: Result, runs: Runs) -> None:
     told = _strict((runs.folder / "out" / "result.json").read_text())
     assert told == first.json
@@ -328,7 +347,11 @@ def test_a_folder_of_others_is_refused_before_any_work(tmp_path: Path, name: str
 def test_dry_run_writes_nothing(first: Result, runs: Runs) -> None:
     out = runs.folder / "dry"
     told = runs(dry_run=True, out=str(out)).json
-    assert told["dry_run"] and told["new_timings"] == 0 and not out.exists()
+    assert told["status"] == "planned" and told["dry_run"] and not out.exists()
+    known, new = told["forecast"], runs(dry_run=True, out=str(out), fresh=True).json["forecast"]
+    assert known["profile"]["cells"] == 0 < new["profile"]["cells"]
+    assert known["sensitivity"]["layer_runs"] <= new["sensitivity"]["layer_runs"]
+    assert told["minutes"] * 60 == pytest.approx(sum(step["seconds"] for step in known.values()))
 
 
 # from Python

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import Browser, browser
 
 from hwmpq import report
+from hwmpq.cli import options
 from hwmpq.errors import InputError
-from hwmpq.report import words
+from hwmpq.pipeline import Options
+from hwmpq.report import Content, account, learning, words
+from hwmpq.report.view import command
+from hwmpq.stages.result import changed
 
 EVIL = "<script>alert('x')</script>"
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str = "layer1.conv"
-    op: str = "conv2d"
-    shape: str = "3x8x8 > 4, 3x3"
-    format: str = "w8a8"
-    kernel: str = "conv2d.avx2_madd16.s8"
-    execution: str = "native"
-    loss: float = 0.0125
-    predicted_s: float | None = 1.5e-5
-    measured_s: float | None = None
-    options: dict[str, float] = field(default_factory=lambda: {"w8a8": 1.5e-5, "fp32": 4e-5})
-    why_not: dict[str, str] = field(default_factory=lambda: {"w4a4": "no kernel decodes it"})
+def row(**changed: Any) -> dict[str, Any]:
+    return {
+        "name": "layer1.conv", "op": "conv2d", "shape": "3x8x8 > 4, 3x3", "format": "w8a8",
+        "kernel": "conv2d.avx2_madd16.s8", "execution": "native", "loss": 0.0125,
+        "predicted_s": 1.5e-5, "measured_s": 1.4e-5, "options": {"w8a8": 1.5e-5, "fp32": 4e-5},
+        "why_not": {"w4a4": "no kernel decodes it"}, **changed,
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -55,6 +55,13 @@ def result() -> dict[str, Any]:
                      "n": 540, "drop": 0.17, "drop_interval": [0.0, 0.4]},
         "nbytes": {"weights": 56600, "artifact": 120000, "peak_memory": 40000},
         "failures": {}, "seconds": {"trace": 1.0}, "gap": 0.0, "rounds": 1,
+        "options": {"data": "digits", "latency": "2.1ms", "pins": ["fc=fp32"], "store": "/mine"},
+        "environment": {
+            "quality": {"noisy": True, "environment": {"virtual": False, "kernel": "Linux 6"}},
+            "fingerprint": "x86_64-2c-1f0c", "versions": {"apache-tvm": "0.27"},
+            "machine": {"model": "A CPU", "cores": 2, "caches": {"L1": 32768}},
+            "date": "2026-11-21 12:00",
+        },
     }  # fmt: skip
 
 
@@ -65,6 +72,26 @@ def frontier() -> list[dict[str, Any]]:
          "assignment": {"layer1.conv": "w8a8" if k < 3 else "fp32"}}
         for k in range(1, 6)
     ]  # fmt: skip
+
+
+@pytest.fixture
+def content(result: dict[str, Any], frontier: list[dict[str, Any]]) -> Content:
+    times = {"predicted_s": 1.5e-5, "measured_s": 1.4e-5}
+    steps = [
+        {"name": "layer1.conv", "kind": "layer", "op": "conv2d", "format": "w8a8", **times},
+        {"name": "input", "kind": "encode", "op": "encode", "format": "u8", **times},
+        {"name": "crown.mean", "kind": "glue", "op": "mean", "format": "fp32", **times},
+    ]
+    evidence = {
+        "steps": steps,
+        "artifacts": [{"name": "fp32", "predicted_s": 4e-3, "measured_s": 4.2e-3, "fitted": True,
+                       "loss": 0.0, "nbytes": 2e5}],
+        "cells": [{"op": "conv2d", "format": "w8a8", "predicted_s": 2e-5, "measured_s": 1e-5}],
+        "policy": {"rows": ["layer1.conv"], "options": [["w8a8", "fp32"]], "steps": [0, 9],
+                   "probabilities": [[[0.5, 0.5]], [[0.75, 0.25]]]},
+        "scalars": [{"step": 0, "entropy": 0.7}, {"step": 9, "entropy": 0.5}],
+    }  # fmt: skip
+    return Content(result, [row()], frontier, evidence)
 
 
 class Page(HTMLParser):
@@ -96,86 +123,169 @@ def page(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_the_page_shows_what_the_result_says(
-    tmp_path: Path, result: dict[str, Any], frontier: list[dict[str, Any]]
-) -> None:
+def test_the_page_shows_what_the_result_says(tmp_path: Path, content: Content) -> None:
     path = tmp_path / "report.html"
-    report.html(result, [Row()], frontier, path)
-    found = page(path)
-    text = " ".join(found.text.split())
+    report.write(content, path)
+    text = " ".join(page(path).text.split())
     for word in (
         "zoo:digits_cnn", "Met: 1.98 ms measured", "1.96 ms to 2.02 ms", "98.33 %", "2.12×",
         "layer1.conv", "conv2d.avx2_madd16.s8", "no kernel decodes it", "15.0 µs", "40.0 µs",
-        "1.34× as fast as torch eager", "56.6 kB", "apache-tvm",
+        "1.34× as fast as torch eager", "56.6 kB", "apache-tvm 0.27", "A CPU", "14.0 µs",
+        "re-encoding between formats", "outside of kernels 1.94 ms", "w8a8 75 %",
+        "too few quiet epochs", "hwmpq quantize zoo:digits_cnn --data digits --latency 2.1ms",
     ):  # fmt: skip
         assert word in text, word
-    assert sum("Plotly.newPlot" in script for script in found.scripts) == 1
+    assert text.index("Met:") < text.index("Budget and measurement")
+    assert path.stat().st_size < 200_000
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_the_page_loads_nothing_from_elsewhere(
-    tmp_path: Path, result: dict[str, Any], frontier: list[dict[str, Any]]
-) -> None:
+def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path, content: Content) -> None:
     path = tmp_path / "report.html"
-    report.html(result, [Row()], frontier, path)
+    report.write(content, path)
     for tag, attributes in page(path).tags:
         assert tag not in ("link", "iframe", "img", "object", "embed", "base")
         assert not {"src", "href", "srcset"} & set(attributes)
 
 
-def test_everything_is_escaped(
-    tmp_path: Path, result: dict[str, Any], frontier: list[dict[str, Any]]
-) -> None:
+def test_everything_is_escaped(tmp_path: Path, content: Content) -> None:
+    result, frontier = dict(content.result), list(content.frontier)
     result |= {"model": EVIL, "device": EVIL, "failures": {EVIL: EVIL}, "data": EVIL}
-    result["baselines"][EVIL] = {"latency_s": 1.0}
-    rows = [
-        Row(name=EVIL, op=EVIL, shape=EVIL, format=EVIL, kernel=EVIL, execution=EVIL,
-            why_not={EVIL: EVIL})
-    ]  # fmt: skip
+    result["baselines"][EVIL] = {"latency_s": 1.0, "accuracy": 1.0}
+    words_of = dict.fromkeys(("name", "op", "shape", "format", "kernel", "execution"), EVIL)
+    steps = [{**step, "name": EVIL, "op": EVIL} for step in content.evidence["steps"]]
+    policy = content.evidence["policy"] | {"rows": [EVIL], "options": [[EVIL, "fp32"]]}
+    evidence = {**content.evidence, "steps": steps, "policy": policy}
     frontier[0]["assignment"] = {EVIL: EVIL}
+    evil = Content(
+        result, [row(**words_of, why_not={EVIL: EVIL})], frontier, evidence,
+        [{"name": EVIL, "description": EVIL, "latency_s": {"median": 1.0, "interval": None}}],
+    )  # fmt: skip
     path = tmp_path / "report.html"
-    report.html(result, rows, frontier, path)
+    report.write(evil, path)
     found = page(path)
     assert EVIL in found.text
-    assert not [script for script in found.scripts if "alert('x')" in script]
+    assert not [script for script in found.scripts if EVIL in script]
     assert not [name for _, attributes in found.tags for name in attributes if "on" == name[:2]]
-    report.markdown(result, rows, frontier, tmp_path / "report.md")
-    assert "<script>" not in (tmp_path / "report.md").read_text()
+    report.write(evil, tmp_path / "report.md")
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    code = "    "  # is shown as it is
+    assert not [line for line in lines if "<script>" in line and not line.startswith(code)]
 
 
 def test_small_results_make_a_page_too(tmp_path: Path) -> None:
     for status in ("infeasible", "error", "missed", "accuracy", "slower"):
         path = tmp_path / f"{status}.html"
-        report.html({"version": 1, "status": status, "model": "m"}, [], [], path)
+        for kind in report.KINDS:
+            report.write(Content({"version": 1, "status": status}), path.with_suffix(f".{kind}"))
         assert "None" not in page(path).text
-        report.markdown({"version": 1, "status": status}, [], [], path.with_suffix(".md"))
 
 
-def test_markdown_keeps_its_tables(
-    tmp_path: Path, result: dict[str, Any], frontier: list[dict[str, Any]]
-) -> None:
-    report.markdown(result, [Row(name="a|b"), Row(name="c")], frontier, tmp_path / "r.md")
+def test_markdown_keeps_its_tables(tmp_path: Path, content: Content) -> None:
+    report.write(replace(content, rows=[row(name="a|b"), row(name="c")]), tmp_path / "r.md")
     text = (tmp_path / "r.md").read_text()
     assert "a\\|b" in text
     lines = [re.sub(r"\\\|", "", line) for line in text.splitlines()]
     blocks = re.findall(r"(?:^\|.*\n)+", "\n".join(lines), re.MULTILINE)
-    assert len(blocks) >= 4
+    assert len(blocks) >= 7
     for block in blocks:
         assert len({row.count("|") for row in block.splitlines()}) == 1, block
 
 
-def test_read_takes_the_rows_beside_the_result(
-    tmp_path: Path, result: dict[str, Any], frontier: list[dict[str, Any]]
-) -> None:
+def test_json_says_it_in_numbers(tmp_path: Path, content: Content) -> None:
+    report.write(content, tmp_path / "r.json")
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert told["verdict"].startswith("Met: 1.98 ms") and told["result"] == content.result
+    assert [group["name"] for group in told["waterfall"]] == [
+        "conv2d layers", account.ENCODE, "mean", account.OUTSIDE,
+    ]  # fmt: skip
+    assert sum(group["measured_s"] for group in told["waterfall"]) == pytest.approx(1.98e-3)
+    assert told["waterfall"][2]["start_s"] == pytest.approx(2.8e-5)
+    assert told["parity"]["cells"] == {"n": 1, "median": 1.0, "worst": 1.0, "within": 0.0}
+    assert told["parity"]["artifacts"]["within"] == 1.0
+
+
+def test_an_anonymous_report_names_nobody(tmp_path: Path, content: Content) -> None:
+    result = dict(content.result)
+    result |= {
+        "model": "secret.models:net", "device": "lab-7", "data": "npz:/home/zelda/faces.npz [9]",
+        "failures": {"conv2d w4a4 k": "died in /home/zelda/build/x.so at layer1.conv"},
+        "artifact": "/home/zelda/out/artifact",
+        "assignment": {"layer1.conv": "w8a8", "conv2d": "fp32"},
+    }  # fmt: skip
+    result["options"] |= {"pins": ["layer1.*=w8a8"], "data": "npz:/home/zelda/faces.npz"}
+    reason = "pinned by 'layer1.*=w8a8'"
+    rows = [row(why_not={"w4a4": reason}), row(name="conv2d")]
+    hidden = report.anonymized(replace(content, result=result, rows=rows))
+    for kind in report.KINDS:
+        report.write(hidden, tmp_path / f"r.{kind}")
+        text = (tmp_path / f"r.{kind}").read_text()
+        for word in ("layer1", "zelda", "secret", "lab-7", "faces", "A CPU", "1f0c", "12:00",
+                     "Linux 6", "crown"):  # fmt: skip
+            assert word not in text, (kind, word)
+        assert "1.98 ms" in text or kind == "json"
+    assert hidden.result["assignment"] == {"layer 1": "w8a8", "layer 2": "fp32"}
+    assert [item["op"] for item in hidden.rows] == ["conv2d", "conv2d"]
+    assert hidden.frontier[0]["assignment"] == {"layer 1": "w8a8"}
+
+
+def test_the_command_asks_for_the_same_options() -> None:
+    asked = Options(
+        "zoo:digits_cnn", input_shape=(1, 1, 16, 16), calib_data="digits#train", latency="p95:2ms",
+        max_drop=0.5, formats=("fp32", "w8a8"), pins=("fc=fp32|bf16", "conv*=w8a8"), ties=("c*",),
+        ptq=(), max_time=90.0, allow_estimates=True, train=("steps=3", "decide=block"),
+    )  # fmt: skip
+    line = command({"model": asked.model, "options": changed(asked)})
+    flags = {kind.__metadata__[0].default: name for name, (kind, _) in options.TABLE.items()}
+    program, verb, model, *rest = shlex.split(line)
+    given: dict[str, Any] = {"model": model}
+    while rest:
+        name = flags[rest.pop(0)]
+        value = True if name == "allow_estimates" else rest.pop(0)
+        if name in ("pins", "ties"):
+            value = [*given.get(name, []), value]
+        given[name] = float(value) if name == "max_drop" else value
+    assert (program, verb) == ("hwmpq", "quantize") and options.options(**given) == asked
+    assert command({"model": "Net", "options": {"latency": "2ms"}}) == ""
+
+
+def test_read_takes_what_lies_beside_the_result(tmp_path: Path, content: Content) -> None:
     path = tmp_path / "result.json"
-    path.write_text(json.dumps(result))
-    _, rows, plans = report.read(path)
-    assert [row["name"] for row in rows] == ["layer1.conv"] and plans == []
-    more = {"version": 1, "rows": [{"name": "x", "format": "fp32"}], "frontier": frontier}
+    path.write_text(json.dumps(content.result))
+    bare = report.read(path)
+    assert [item["name"] for item in bare.rows] == ["layer1.conv"] and not bare.frontier
+    more = {"version": 1, "rows": [{"name": "x", "format": "fp32"}], "frontier": content.frontier,
+            "evidence": content.evidence}  # fmt: skip
     (tmp_path / "rows.json").write_text(json.dumps(more))
-    _, rows, plans = report.read(path)
-    assert [row["name"] for row in rows] == ["x"] and len(plans) == 5
-    report.html(result, rows, plans, tmp_path / "report.html")
+    found = report.read(path)
+    assert [item["name"] for item in found.rows] == ["x"] and len(found.frontier) == 5
+    assert found.evidence == content.evidence
+    (tmp_path / "bench.json").write_text(
+        '{"against": {"name": "onnxruntime", "latency_s": '
+        '{"median": 0.003, "interval": [0.0029, 0.0031]}}}'
+    )
+    with_peer = report.with_peers(found, [tmp_path / "bench.json"])
+    report.write(with_peer, tmp_path / "report.html")
+    assert "onnxruntime, float 3.00 ms" in " ".join(page(tmp_path / "report.html").text.split())
+    with pytest.raises(InputError, match="tells of no other runtime"):
+        report.with_peers(found, [path])
+
+
+def test_a_policy_is_thinned_out(tmp_path: Path) -> None:
+    shots = 100
+    policy = {"rows": ["a"], "options": [["w8a8", "fp32"]], "steps": list(range(shots)),
+              "probabilities": [[[i / shots, 1 - i / shots]] for i in range(shots)]}  # fmt: skip
+    (tmp_path / "p.json").write_text(json.dumps(policy))
+    lines = ["step,entropy", *(f"{i},{i % 2}" for i in range(1000))]
+    (tmp_path / "s.csv").write_text("\n".join(lines))
+    found = learning.recorded(tmp_path / "p.json", tmp_path / "s.csv")
+    steps = found["policy"]["steps"]
+    assert len(steps) == 48 and (steps[0], steps[-1]) == (0, shots - 1)
+    assert len(found["scalars"]) == 200
+    assert found["scalars"][0] == {"step": 2.0, "entropy": 0.4}
+    strips = learning.strips(found["policy"])
+    assert strips and strips["rows"][0]["last"] == "w8a8 99 %"
+    assert strips["rows"][0]["cells"][0]["tone"] == strips["legend"]["fp32"]
 
 
 def test_read_refuses_another_file(tmp_path: Path) -> None:
@@ -186,9 +296,11 @@ def test_read_refuses_another_file(tmp_path: Path) -> None:
             report.read(path)
 
 
-def test_a_report_that_cannot_be_written(tmp_path: Path, result: dict[str, Any]) -> None:
+def test_a_report_that_cannot_be_written(tmp_path: Path, content: Content) -> None:
     with pytest.raises(InputError, match="cannot write the report"):
-        report.html(result, [], [], tmp_path / "no" / "report.html")
+        report.write(content, tmp_path / "no" / "report.html")
+    with pytest.raises(InputError, match=r"report file: got .*NAME\.md"):
+        report.write(content, tmp_path / "report.pdf")
 
 
 @pytest.mark.parametrize(
@@ -216,5 +328,54 @@ def test_numbers_in_words() -> None:
     assert words.seconds(None) == words.seconds(float("nan")) == words.NONE
     assert words.nbytes(999) == "999 B" and words.nbytes(4_200_000) == "4.20 MB"
     assert words.nbytes(123_456_789) == "123 MB"
-    assert words.points(0.5) == "+0.50" and words.times(2) == "2.00×"
+    assert (
+        words.points(0.5) == "+0.50" and words.points(-0.0) == "+0.00" and words.times(2) == "2.00×"
+    )
     assert words.interval([1e-3, None]) == words.NONE
+
+
+def test_in_a_browser(tmp_path: Path, content: Content) -> None:
+    names = [EVIL, *(f"layer{i}.conv" for i in range(30))]
+    rows = [row(name=name, measured_s=1e-5 * (i + 1)) for i, name in enumerate(names)]
+    path = tmp_path / "report.html"
+    report.write(replace(content, rows=rows), path)
+    with browser(tmp_path / "profile") as seen:
+        for width, mobile in ((390, True), (1280, False)):
+            seen.open(path, width, mobile=mobile)
+            wide, charts = seen.run(
+                "[document.documentElement.scrollWidth, document.querySelectorAll('figure').length]"
+            )
+            assert wide <= width  # what is wider scrolls in a frame of its own
+            assert charts == seen.run("document.querySelectorAll('figure svg[role=img]').length")
+            assert charts >= 8
+        hover_and_zoom(seen)
+        assert {*seen.loads} == {path.as_uri()} and seen.problems == []
+
+
+def hover_and_zoom(seen: Browser) -> None:
+    """On the layers' times, whose bars get wider."""
+    chart = "document.getElementById('layer-times')"
+    seen.run(f"{chart}.scrollIntoView({{block: 'center'}})")
+    seen.frames()
+
+    def bar(number: int) -> dict[str, float]:
+        found: dict[str, float] = seen.run(
+            f"[...{chart}.querySelectorAll('.frame g.tone > path')].map(p => p."
+            f"getBoundingClientRect().toJSON())[{number}]"
+        )
+        return found
+
+    box = bar(30)
+    seen.mouse("mouseMoved", box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    told = f"{chart}.querySelector('.tip').innerText"
+    assert "layer29.conv" in seen.run(told) and "0.310 ms" in seen.run(told)
+    seen.mouse("mouseMoved", 5, 5)
+    assert seen.run(f"{chart}.querySelector('.tip').hidden")
+    begin, end = bar(10), bar(20)
+    seen.mouse("mousePressed", begin["x"], end["y"], "left")
+    seen.mouse("mouseMoved", end["x"], end["y"] + 40, "left")
+    seen.mouse("mouseReleased", end["x"], end["y"] + 40, "left")
+    seen.frames()
+    assert bar(15)["width"] > 2 * box["width"]
+    seen.run(f"{chart}.querySelectorAll('.zoom button')[2].click()")
+    assert bar(15)["width"] == pytest.approx(box["width"], rel=0.01)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ from hwmpq import side_jobs
 from hwmpq.artifact import read_manifest
 from hwmpq.errors import InputError, UnknownName, UnsupportedModel
 from hwmpq.formats import QuantizedWeight
+from hwmpq.measure.peaks import Level
 from hwmpq.measure.store import Store
 from hwmpq.pipeline import Options
 from hwmpq.quantizers import Quantizers
+from hwmpq.report import KINDS, evaluation
 from hwmpq.search import solve
 from hwmpq.search.evaluate import evaluate, index_of
 from hwmpq.search.problem_file import read_problem
 from hwmpq.side_jobs import frontier
 from hwmpq.side_jobs.search import marginals
+from hwmpq.stages import roofline
 from hwmpq.stages.job import Silent, open_job
 from hwmpq.stages.latency import profile
 from hwmpq.stages.menu import make_menu
@@ -388,3 +391,48 @@ def test_compile_spares_other_folders(options: Options, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="holds something else"):
         side_jobs.compile_model(replace(options, out=str(tmp_path)), dict.fromkeys(LAYERS, "fp32"))
+
+
+# evaluate
+
+
+def test_evaluate(
+    options: Options, profiled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "read_bandwidths", lambda target: (Level("memory", 1, 1e13),))
+    monkeypatch.setattr(roofline, "peak_macs_per_s", lambda *given: 1e13)
+    asked, kept = replace(options, calib_data=None), []
+    dry = side_jobs.evaluate_target(replace(asked, dry_run=True), [options.model])
+    assert dry["networks"][0]["cells"] == 0 < dry["forecast_s"]
+    found = side_jobs.evaluate_target(asked, [options.model], keep=kept.append)
+    assert kept == [found]
+    [network] = found["networks"]
+    assert {(c["layer"], c["format"]) for c in network["cells"]} == {*product(LAYERS, FORMATS)}
+    assert {c["measured_s"] for c in network["cells"]} <= {
+        s for times in profiled["latency_s"].values() for s in times.values()
+    }
+    times = {name: plan["measured_s"] for name, plan in network["plans"].items()}
+    assert {"fp32", "w8a8", "fastest mix"} == {*times}
+    assert network["gain"]["over_fp32"] == times["fp32"] / times["fastest mix"]
+    assert all(0 < c["roof"]["of_roof"] < 1 for c in network["cells"])
+
+    def again(*given: Any) -> None:
+        raise AssertionError("timed again")
+
+    monkeypatch.setattr("hwmpq.side_jobs.evaluate.time_artifacts", again)
+    monkeypatch.setattr(roofline, "peak_macs_per_s", again)
+    resumed = side_jobs.evaluate_target(asked, [options.model])
+    assert resumed["networks"] == found["networks"]
+    network["cells"][0]["layer"] = network["failures"]["x"] = "<script>"
+    hidden = evaluation.anonymized(found)
+    assert "conv" not in hidden["networks"][0]["plans"]["fp32"]["assignment"]
+    for kind in KINDS:
+        for told, name in ((found, "all"), (hidden, "hidden")):
+            evaluation.write(told, tmp_path / f"{name}.{kind}")
+    assert evaluation.read(tmp_path / "all.json")["networks"] == found["networks"]
+    page = (tmp_path / "all.html").read_text()
+    assert "times as fast as fp32" in page and "&lt;script&gt;" in page
+    assert (
+        found["fingerprint"] in page
+        and found["fingerprint"] not in (tmp_path / "hidden.html").read_text()
+    )

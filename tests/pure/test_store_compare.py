@@ -171,6 +171,7 @@ def test_command(
     told = json.loads(out)
     assert (code, told["status"], told["counts"]) == (6, "slower", {"SLOWER": 2})
     assert told["cells"][0]["ratio"] == pytest.approx(1.5, rel=0.02)
+    assert told["formats"]["w8a8"] == {"cells": 2, "ratio": pytest.approx(1.5, rel=0.02)}
     assert run(b, a, "--json")[0] == 0
     code, out = run(a, b)
     assert code == 6 and "SLOWER" in out and "2 SLOWER" in out
@@ -178,7 +179,12 @@ def test_command(
     with Store.open(a) as both, Store.open(b) as other:
         both.merge(other)
     assert run("codegen=7", "codegen=8", "--store", a)[0] == 6
-    assert run(f"{a}#codegen=7", f"{b}#codegen=8,format=w8a8")[0] == 6
+    for kind in ("html", "md", "json"):
+        sides = (f"{a}#codegen=7", f"{b}#codegen=8,format=w8a8")
+        assert run(*sides, "--out", tmp_path / f"beside.{kind}")[0] == 6
+    page = (tmp_path / "beside.html").read_text()
+    assert "codegen=7 beside codegen=8,format=w8a8" in page and "2 slower" in page
+    assert json.loads((tmp_path / "beside.json").read_text())["b"] == "codegen=8,format=w8a8"
     assert run(f"{a}#codegen=7", "codegen=7", "--store", a)[0] == 0
     for line in (
         (a, tmp_path / "none.sqlite"),

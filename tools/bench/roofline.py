@@ -2,11 +2,8 @@
 
     python tools/bench/roofline.py zoo:resnet18 [--formats fp32,w8a8 | --artifact DIR]
 
-Layer times are those of the store, measured where it lacks them; a peak is measured with the very
-instructions of the layer's kernel. Bytes: input, packed weights, residual and output, each once.
-of peak: multiplications that the kernel does, which Winograd's are fewer than MACs, over the peak.
-roof: the least time that peak and bandwidth allow, weights coming from behind the L2, as in the
-timing of a cell; its share of the measured time says what is left.
+Layer times and peaks are those of the store, measured where it lacks them; what they and the
+columns mean is said in hwmpq/stages/roofline.py.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,11 @@ from hwmpq.cli.progress import reporter
 from hwmpq.errors import HwmpqError
 from hwmpq.formats import format_named
 from hwmpq.kernels import Kernel, best
-from hwmpq.measure.peaks import peak_macs_per_s, read_bandwidths
-from hwmpq.predict.analytic import work
 from hwmpq.stages.build import read_assignment
 from hwmpq.stages.job import Job, Options, open_job
 from hwmpq.stages.latency import LatencyFacts, profile
 from hwmpq.stages.menu import make_menu
+from hwmpq.stages.roofline import Roofline
 
 #: How many layers are named of those that leave most.
 NAMED = 3
@@ -61,15 +58,13 @@ def main() -> int:
         job = open_job(Options(args.model, weights=args.weights, store=args.store), progress)
         with job.store:
             facts = profile(job, make_menu(job.network, job.target, formats))
-        with progress.stage("peaks", None):
-            levels = read_bandwidths(job.target)
-            bandwidth = {level.name: level.bytes_per_s for level in levels}
-            rows = list(_rows(job, facts, formats, plan, bandwidth))
+            roofline = Roofline(job)
+            rows = list(_rows(job, roofline, facts, formats, plan))
     except HwmpqError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for level in levels:
+    for level in roofline.levels:
         console.print(f"{level.name}: {level.bytes_per_s / 1e9:.1f} GB/s ({level.nbytes} bytes)")
     console.print(table(rows))
     for line in summary(rows):
@@ -80,33 +75,20 @@ def main() -> int:
 
 
 def _rows(
-    job: Job, facts: LatencyFacts, formats: tuple[str, ...], plan: dict[str, str] | None,
-    bandwidth: dict[str, float],
+    job: Job, roofline: Roofline, facts: LatencyFacts, formats: tuple[str, ...],
+    plan: dict[str, str] | None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row per layer and format that has a time. Equal micro-kernels share a peak."""
-    peaks: dict[tuple[str, int], float] = {}
-    behind = bandwidth.get("L3", bandwidth["memory"])
+    """One row per layer and format that has a time."""
     for layer in job.network.layers:
         for name in [plan[layer.name]] if plan else formats:
             fmt, cell = format_named(name), facts.cell(layer.workload, name)
             kernel: Kernel | None = best(layer.workload, fmt, job.target.features)
             if kernel is None or cell is None or cell.error:
                 continue
-            micro = kernel.micro
-            key = (micro.name, micro.run_length(fmt))
-            if key not in peaks:
-                peaks[key] = peak_macs_per_s(micro, fmt, job.target)
-            done = work(layer.workload, fmt, kernel, job.target)
-            seconds = cell.latency_s
-            warm = (done.nbytes - done.weight_bytes) / bandwidth["L2"]
-            products = kernel.nest.products(layer.workload, micro)
-            roof = max(products / peaks[key], done.weight_bytes / behind + warm)
             yield {
-                "layer": layer.name, "format": name, "kernel": kernel.name, "latency_s": seconds,
-                "macs_per_s": done.macs / seconds, "of_peak": products / seconds / peaks[key],
-                "peak_macs_per_s": peaks[key], "bytes_per_s": done.nbytes / seconds,
-                "roof_s": roof, "of_roof": roof / seconds,
-                "bound": "multiplies" if roof == products / peaks[key] else "bytes",
+                "layer": layer.name, "format": name, "kernel": kernel.name,
+                "latency_s": cell.latency_s,
+                **asdict(roofline.of(layer.workload, fmt, kernel, cell.latency_s)),
             }  # fmt: skip
 
 
