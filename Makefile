@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PACKAGING := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: .venv/.installed
 	$(BIN)/hwmpq quantize zoo:digits_cnn --data digits --calib-data digits#train --latency 0.7x --max-drop 0.5 --out build/demo
@@ -14,6 +14,10 @@ test: .venv/.installed-dev
 
 check: .venv/.installed-dev
 	tools/check
+
+docs: .venv/.installed-docs
+	$(BIN)/python tools/results_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
@@ -26,6 +30,6 @@ clean:
 	$(PIP) --editable .
 	touch $@
 
-.venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[dev]'
+.venv/.installed-dev .venv/.installed-docs: .venv/.installed-%: .venv/.installed
+	$(PIP) --editable '.[$*]'
 	touch $@

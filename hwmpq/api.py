@@ -40,6 +40,7 @@ def quantize(
     calib_count: int = 256,
     eval_count: int | None = None,
     threads: int = 1,
+    executor: str = "serial",
     seed: int = 0,
     store: str | Path | None = None,
     out: str | Path = "hwmpq-out",
@@ -77,7 +78,7 @@ def quantize(
         max_bops=max_bops, max_drop=max_drop, formats=tuple(formats), pins=tuple(pins),
         ties=tuple(ties),
         method=method, search=search, sensitivity=sensitivity, metric=metric, loss=loss,
-        calib=calib_count, eval=eval_count, threads=threads, seed=seed,
+        calib=calib_count, eval=eval_count, threads=threads, executor=executor, seed=seed,
         store=None if store is None else str(store), out=str(out), fresh=fresh, max_time=max_time,
     )  # fmt: skip
     loaded = LoadedModel(model, _examples(example_input), name)

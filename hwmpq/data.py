@@ -164,7 +164,11 @@ def _npz(text: str, normalization: Normalization | None) -> DataSet:
         raise InputError("no such data file", path, FORMS)
     found = arrays(path)
     if f"{prefix}images" not in found:
-        raise InputError(f"no array {prefix}images in {path}", ", ".join(found))
+        raise InputError(
+            f"no array {prefix}images in {path}", ", ".join(found) or "no array",
+            f"{prefix}images, and if known {prefix}labels, mean, std",
+            "npz:FILE#PART reads PART_images and PART_labels.",
+        )  # fmt: skip
     images, labels = found[f"{prefix}images"], found.get(f"{prefix}labels")
     if images.dtype == np.float64:
         images = images.astype(np.float32)
@@ -228,7 +232,10 @@ def _imagefolder(
     if not folder.is_dir():
         raise InputError("no such image folder", folder, FORMS)
     if normalization is None or input_shape is None:
-        raise InputError("imagefolder needs the model's input shape and normalization", folder)
+        raise InputError(
+            "imagefolder needs the model's input shape and normalization", folder,
+            next="Only models of the zoo have them: make an npz file with mean and std.",
+        )  # fmt: skip
     classes = sorted(item for item in folder.iterdir() if item.is_dir())
     files = [
         (file, label)

@@ -163,7 +163,9 @@ def load_all() -> dict[str, Device]:
             devices[name] = TypeAdapter(Device).validate_json(text)
         except ValidationError as error:
             broken = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise InputError(f"device {name!r} in {path()}", "; ".join(broken)) from error
+            raise InputError(
+                f"device {name!r} in {path()}", "; ".join(broken), next="Correct the file."
+            ) from error
     return devices
 
 
@@ -193,7 +195,9 @@ def _entries(file: Path) -> dict[str, dict[str, Any]]:
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"unreadable device file {file}", error) from error
+        raise InputError(
+            f"unreadable device file {file}", error, "a TOML file", "Correct it, or move it away."
+        ) from error
     if data.pop("version", None) != VERSION:
         raise InputError(f"device file {file}", "no or another version", f"version = {VERSION}")
     devices: dict[str, dict[str, Any]] = data.pop("devices", {})

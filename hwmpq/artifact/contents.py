@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 _MOST_BYTES = {MANIFEST: 2**26, signature.FILE: 64}
 _READ_ONLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NOT_OURS = "a folder made by hwmpq quantize or compile"
+_AGAIN = "Copy the artifact again; do not run it."
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ def open_artifact(folder: Path, keys: tuple[Path, ...] = ()) -> Contents:
         )  # fmt: skip
     wrong = spec.wrong(manifest)
     if wrong:
-        raise InputError(f"the manifest of {folder} is damaged: no {', '.join(wrong)}")
+        raise InputError(f"the manifest of {folder} is damaged: no {', '.join(wrong)}", next=_AGAIN)
     if spec.interface(manifest) != manifest["interface"]:
         raise InputError(
             f"inputs, outputs, calls or parameters in the manifest of {folder} were changed",
-            "another SHA-256", None, "Copy the artifact again; do not run it.",
+            "another SHA-256", None, _AGAIN,
         )  # fmt: skip
     _check_names(folder, manifest["files"], spec.libraries(manifest).values())
     return Contents(folder, manifest)
@@ -79,7 +80,7 @@ def _manifest(folder: Path, keys: tuple[Path, ...]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder} is no artifact", error, _NOT_OURS) from error
     if not isinstance(found, dict) or found.get("kind") != spec.KIND:
-        raise InputError(f"{folder} is no artifact", f"no kind {spec.KIND!r} in {MANIFEST}")
+        raise InputError(f"{folder} is no artifact", f"no kind {spec.KIND!r}", _NOT_OURS)
     return found
 
 
@@ -91,7 +92,7 @@ def _check_names(folder: Path, files: Mapping[str, str], libraries: Iterable[str
     """Raises InputError unless the folder holds just what the manifest lists."""
     for name in (*libraries, spec.PARAMETERS):
         if name not in files:
-            raise InputError(f"the manifest of {folder} does not list a file", name)
+            raise InputError(f"the manifest of {folder} does not list a file", name, next=_AGAIN)
     reserved = {MANIFEST, signature.FILE}
     for name in files:
         if name in ("", ".", "..") or name in reserved or set(name) & set("/\\\0"):
@@ -99,12 +100,12 @@ def _check_names(folder: Path, files: Mapping[str, str], libraries: Iterable[str
     present = _names(folder)
     for name in files:
         if name not in present:
-            raise InputError(f"artifact {folder} lacks a file", name)
+            raise InputError(f"artifact {folder} lacks a file", name, next=_AGAIN)
     more = sorted(present - set(files) - reserved)
     if more:
         raise InputError(
             f"artifact {folder} holds a file that its manifest does not list", more[0], None,
-            "Copy the artifact again; do not run it.",
+            _AGAIN,
         )  # fmt: skip
 
 
@@ -125,10 +126,10 @@ def read(folder: Path, name: str) -> bytes:
         with open(folder / name, "rb", opener=_open) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
-                raise InputError(f"artifact {folder} lacks a file", name)
+                raise InputError(f"artifact {folder} lacks a file", name, next=_AGAIN)
             most = _MOST_BYTES.get(name, about.st_size)
             if about.st_size > most:
                 raise InputError(f"size of {name} in {folder}", about.st_size, f"{most} bytes")
             return file.read(about.st_size)
     except OSError as error:
-        raise InputError(f"artifact {folder} lacks a file", name) from error
+        raise InputError(f"artifact {folder} lacks a file", name, next=_AGAIN) from error

@@ -40,7 +40,10 @@ def replay(artifact: Artifact) -> Replay:
     arrays, metadata = artifact.golden()
     count = int(metadata.get("samples", "0"))
     if not count:
-        raise InputError(f"artifact {artifact.path} has no golden samples")
+        raise InputError(
+            f"artifact {artifact.path} has no golden samples",
+            next="Give --data, or build it again.",
+        )
     samples = [
         {
             kind: [arrays[f"{k}.{kind[:-1]}.{e['name']}"] for e in artifact.manifest[kind]]

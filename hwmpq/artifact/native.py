@@ -36,4 +36,7 @@ def library(code: bytes, of: Path) -> Any:
             link.symlink_to(f"/proc/self/fd/{file.fileno()}")
             return load(str(link), "so")
     except (OSError, RuntimeError) as error:
-        raise InputError(f"the library of artifact {of} cannot be loaded", error) from error
+        raise InputError(
+            f"the library of artifact {of} cannot be loaded", error,
+            next="Use the TVM version that its manifest names.",
+        ) from error  # fmt: skip

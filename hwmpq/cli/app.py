@@ -11,6 +11,7 @@ from hwmpq.cli import (
     artifacts,
     cost_model,
     devices,
+    doctor,
     exporting,
     jobs,
     machine,
@@ -29,10 +30,9 @@ app = typer.Typer(
     "Results go to stdout, progress to stderr. Exit codes: 0 met, 2 bad input, 3 infeasible, "
     "4 missed, 5 accuracy, 6 slower than fp32, 7 device or store lost, 70 internal error.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _part in (jobs, exporting, solving, artifacts, machine, reports):
+for _part in (jobs, exporting, solving, artifacts, machine, doctor, reports):
     _part.register(app)
 for _name, _group in (
     ("artifact", artifacts.group),

@@ -21,12 +21,14 @@ _SEARCHED = {"infeasible": 3, "timeout": 4, "accuracy": 5}
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    command(app, *shared.JOB, *shared.TRAIN, "out", "dry_run", panel=_PANEL)(quantize)
-    command(app, *(n for n in shared.JOB if n != "max_drop"), panel=_PANEL)(frontier)
+    command(app, *shared.JOB, *shared.TRAIN, "executor", "out", "dry_run", panel=_PANEL)(quantize)
+    curve = (n for n in shared.JOB if n != "max_drop")
+    command(app, *curve, "executor", panel=_PANEL)(frontier)
     names = tuple(n for n in shared.JOB if n not in ("sensitivity", "allow_estimates"))
-    command(app, *(n for n in names if n not in shared.GOAL), panel=_PANEL)(sensitivity)
+    estimated = (n for n in names if n not in shared.GOAL)
+    command(app, *estimated, "executor", panel=_PANEL)(sensitivity)
     where = (*shared.MODEL, *shared.TARGET, "allow_estimates")
-    profiled = (*where, "formats", "pins", "tune", "processes")
+    profiled = (*where, "formats", "pins", "tune", "processes", "executor")
     command(app, *profiled, *shared.WORK, panel=_PANEL)(profile)
     command(app, *shared.JOB, *shared.TRAIN, panel=_PANEL)(search)
     compiled = (*shared.MODEL, *shared.TARGET, *shared.DATA, "store", "out")
@@ -152,18 +154,25 @@ def search(
     """Solve again from what the store knows: another budget costs no new measurement.
 
     With --method fliqs the plan is searched while the network trains; it and the trained numbers
-    are left in --train-out for `hwmpq compile`. torchrun runs it on several processes.
+    are left in --train-out for `hwmpq compile`. With fliqs-nas so is the network, which --train-out
+    then holds as a module. torchrun runs both on several processes.
 
     Example: hwmpq search zoo:digits_cnn --calib-data digits#train --latency 0.6x --explain
     """
     from hwmpq import methods
     from hwmpq.cli import tables
-    from hwmpq.side_jobs import search_by_training, search_model
+    from hwmpq.side_jobs import search_by_training, search_model, search_network
 
     job = shared.options(**given)
-    if methods.named(job.method).trained:
-        if explain:
-            raise InputError("--explain", f"with --method {job.method}", "methods that estimate")
+    method = methods.named(job.method)
+    if method.trained and explain:
+        raise InputError("--explain", f"with --method {job.method}", "methods that estimate")
+    if method.design:
+        if problem:
+            raise InputError("--problem", f"with --method {job.method}", "other methods")
+        network = search_network(job, reporter())
+        return Answer(network, lambda console: tables.pairs(console, network))
+    if method.trained:
         trained = search_by_training(job, reporter(), problem)
         return Answer(trained, lambda console: tables.pairs(console, trained))
     found = search_model(job, reporter(), explain, problem)
@@ -275,7 +284,9 @@ def read_assignment(path: Path) -> dict[str, str]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError("cannot read the assignment", f"{path} ({error})") from None
+        raise InputError(
+            "cannot read the assignment", f"{path} ({error})", "JSON {layer: format}"
+        ) from None
     if isinstance(data, dict) and isinstance(data.get("assignment"), dict):
         data = data["assignment"]
     if (

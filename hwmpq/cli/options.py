@@ -146,7 +146,8 @@ TABLE: dict[str, tuple[Any, Any]] = {
     "method": (
         _option(
             str, "--method", _SEARCH,
-            "auto, hawq, lcpaq, clado, fliqs (trains: hours on CPUs; see --train).", "NAME",
+            "auto, hawq, lcpaq, clado, fliqs (trains: hours on CPUs; see --train), fliqs-nas (also "
+            "finds another network in place of MODEL).", "NAME",
         ),
         "auto",
     ),
@@ -167,17 +168,17 @@ TABLE: dict[str, tuple[Any, Any]] = {
     "train_data": (
         _option(
             str | None, "--train-data", _TRAIN,
-            "Images that --method fliqs trains on; those of --calib-data without the held-out "
-            "ones.", "DATA",
+            "Images that --method fliqs or fliqs-nas trains on; those of --calib-data without the "
+            "held-out ones.", "DATA",
         ),
         None,
     ),
     "train": (
         _option(
             str | None, "--train", _TRAIN,
-            "Settings of --method fliqs: epochs, steps, batch, rate, clip, distill, augment, "
-            "warmup, delay, policy_rate, quality, cost, entropy, average, decide, separate, "
-            "checkpoint.", "KEY=VALUE,..",
+            "Settings of --method fliqs and fliqs-nas: epochs, steps, batch, rate, clip, distill, "
+            "augment, warmup, delay, policy_rate, quality, cost, entropy, average, decide, "
+            "separate, checkpoint.", "KEY=VALUE,..",
         ),
         None,
     ),
@@ -219,7 +220,21 @@ TABLE: dict[str, tuple[Any, Any]] = {
         ),
         3,
     ),
-    "dry_run": (_option(bool, "--dry-run", _WORK, "Plan only: compile and write nothing."), False),
+    "executor": (
+        _option(
+            str, "--executor", _WORK,
+            "Who runs the forward passes of sensitivities and compiles kernels: serial (this "
+            "process), processes (one per core) or processes:N, ray (the cluster that Ray finds, "
+            "else one here) or ray://HOST:PORT. The results are the same.", "WHO",
+        ),
+        "serial",
+    ),
+    "dry_run": (
+        _option(
+            bool, "--dry-run", _WORK, "Only say what would be done, and in about how many minutes."
+        ),
+        False,
+    ),
 }  # fmt: skip
 
 MODEL = ("model", "weights", "input_shape")

@@ -10,6 +10,7 @@ import ctypes
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -46,8 +47,10 @@ def perform(body: Callable[[], Answer], as_json: bool) -> int:
         except HwmpqError as error:
             answer = _deliberate(error)
         except KeyboardInterrupt:
-            told = _error("interrupted", "interrupted", "Start again: what was saved is kept.")
-            answer = failure(told, INTERRUPTED, "interrupted; what was saved is kept")
+            step = f"What was saved is kept; to go on: hwmpq {shlex.join(sys.argv[1:])}"
+            answer = failure(
+                _error("interrupted", "interrupted", step), INTERRUPTED, f"interrupted. {step}"
+            )
         except Exception as error:
             answer = _unexpected(error)
         if answer.note:

@@ -29,8 +29,8 @@ def solve(
         list[Path],
         typer.Argument(
             metavar="PROBLEM.json...",
-            help="See the README. Several: one choice for all these devices, each with its own "
-            "latency table and budget.",
+            help="Losses and costs as arrays (docs/guides/compiler.md). Several: one choice for "
+            "all these devices, each with its own latency table and budget.",
         ),
     ],
     search: Annotated[

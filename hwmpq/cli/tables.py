@@ -34,8 +34,8 @@ def quantized(console: Console, result: Any) -> None:
     """The whole result of quantize: layers, totals, baselines, verdict."""
     told = result.json
     if told.get("dry_run"):
-        pairs(console, told)
-        console.print(Text(f"formats: {' '.join(told.get('formats') or [])}"))
+        planned(console, told)
+        return
     elif result.rows:
         layers(console, result.rows)
     totals(console, told)
@@ -45,6 +45,20 @@ def quantized(console: Console, result: Any) -> None:
     for name in ("artifact", "report"):
         if told.get(name):
             console.print(Text(f"{name}: {told[name]}"))
+
+
+def planned(console: Console, told: Mapping[str, Any]) -> None:
+    """What a run would do, and how long each part of it takes."""
+    rows = [
+        [part, *(f"{n} {what.replace('_', ' ')}" for what, n in step.items() if what != "seconds"),
+         words.seconds(step["seconds"])]
+        for part, step in told["forecast"].items()
+    ]  # fmt: skip
+    console.print(table(["part", "work", "about"], rows))
+    console.print(Text(f"formats: {' '.join(told['formats'])}"))
+    console.print(
+        Text(f"Planned only: about {told['minutes']:.1f} minutes, right to a factor of two.")
+    )
 
 
 def layers(console: Console, rows: Sequence[Any]) -> None:

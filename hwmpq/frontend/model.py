@@ -113,7 +113,10 @@ def _from_file(spec: str, weights: Path | None, shape: Sequence[int] | None) -> 
         raise InputError("weights for a .pt2 file", weights, "none: the file holds its own")
     program = load_pt2(Path(spec))
     if program.example_inputs is None:
-        raise InputError("exported program without example inputs", spec)
+        raise InputError(
+            "exported program without example inputs", spec,
+            next="Save it by torch.export.save(torch.export.export(model, example), FILE).",
+        )  # fmt: skip
     args, kwargs = program.example_inputs
     example = (*args, *kwargs.values())
     if shape is not None and tuple(shape) != tuple(example[0].shape):

@@ -24,6 +24,8 @@ TENSOR_NAMES = frozenset(
         "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool",
     )}
 )  # fmt: skip
+#: what to do with a file of anything else
+PLAIN = "Save the weights with safetensors.torch.save_file."
 #: opcodes that call, build or extend something under a name that the opcodes do not spell out
 _OPAQUE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
 
@@ -45,7 +47,7 @@ def check_pickle(data: bytes, where: str) -> None:
                 f"{where} would run code when unpickled",
                 got,
                 "tensors only",
-                "Save the weights with safetensors.torch.save_file.",
+                PLAIN,
             )
 
 
@@ -63,7 +65,7 @@ def read_archive(source: Path | bytes, what: str = "") -> dict[str, bytes]:
             _check_members(infos, what)
             return {info.filename: archive.read(info) for info in infos}
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        raise InputError("broken archive", f"{what} ({error})") from error
+        raise InputError("broken archive", f"{what} ({error})", next="Copy it again.") from error
 
 
 def _check_members(infos: list[zipfile.ZipInfo], what: str) -> None:
@@ -84,13 +86,15 @@ def check_tensor_archive(members: Mapping[str, bytes], where: str) -> None:
     pickles = [name for name in members if name.endswith(".pkl")]
     data = [name for name in pickles if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(data) != 1 or len(pickles) != 1:
-        raise UnsafeFile(f"{where} is no archive of tensors", ", ".join(pickles) or "no data.pkl")
+        raise UnsafeFile(
+            f"{where} is no archive of tensors", ", ".join(pickles) or "no data.pkl", next=PLAIN
+        )
     root = data[0].split("/")[0]
     plain = ("data/", "version", "byteorder", ".data/", ".format_version", ".storage_alignment")
     for name in members:
         inner = name.removeprefix(f"{root}/")
         if name != data[0] and (inner == name or not inner.startswith(plain)):
-            raise UnsafeFile(f"{where} is no archive of tensors", name)
+            raise UnsafeFile(f"{where} is no archive of tensors", name, next=PLAIN)
     check_pickle(members[data[0]], where)
 
 

@@ -82,7 +82,7 @@ WORDS = [
     ({"pins": ("sten=w8a8",)}, UnknownName, r"layer pattern of --pin.*'sten'.*Nearest: stem"),
     ({"pins": ("stem=w8a9",)}, UnknownName, r"unknown format.*'w8a9'.*Nearest: .*w8a8"),
     ({"ties": ("cnv*",)}, UnknownName, r"layer pattern of --tie.*'cnv\*'.*Nearest: conv"),
-    ({"method": "fliqs-nas"}, UnknownName, "fliqs-nas is not implemented in this version"),
+    ({"method": "fliqs-nas", "max_drop": 1.0}, InputError, "budget of a search by fliqs-nas"),
     ({"search": "ilpp"}, UnknownName, r"unknown solver.*'ilpp'.*Nearest: .*ilp"),
     ({"sensitivity": "output-eror"}, UnknownName, r"estimator.*Nearest: output-error"),
     ({"metric": "top2"}, UnknownName, r"unknown metric.*'top2'.*Nearest: top1"),

@@ -252,8 +252,11 @@ def test_target_check_runs_cases(cli: Run) -> None:
 def test_doctor(cli: Run) -> None:
     code, out, _ = cli("doctor", "--json")
     told = json.loads(out)
-    assert {check["name"] for check in told["checks"]} >= {"tvm pair", "target", "store"}
+    named = {check["name"]: check for check in told["checks"]}
+    assert set(named) >= {"tvm pair", "target", "store", "kernel", "disk", "extras"}
     assert code == 0 and told["status"] == "met", told
+    assert "right numbers" in named["kernel"]["told"] and not named["kernel"]["note"]
+    assert named["extras"]["note"] and named["other chips"]["note"]
 
 
 LAYER = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ COMMANDS = [
     *(
         "target probe",
         "target check",
+        "target evaluate",
         "cost-model sample",
         "cost-model train",
         "cost-model eval",
@@ -98,7 +100,7 @@ REFUSED = {
     "inspect": "zoo:none --input-shape x", "solve": "none.json", "report": "none",
     "compile": "zoo:none --assignment none.json", "bench": "none", "verify": "none",
     "run": "none --input none.npy --output out.npy",
-    **dict.fromkeys(("target probe", "target check"), "none"),
+    **dict.fromkeys(("target probe", "target check", "target evaluate"), "none"),
     **dict.fromkeys(("cost-model train", "cost-model eval"), "--target none"),
     "cost-model predict": "zoo:none --target none", "store compare": "none-a none-b",
     "store import": "none.jsonl", "store export": "a.jsonl --store none/none",
@@ -199,7 +201,28 @@ def test_every_failure_has_its_exit_code(
     assert "Traceback" not in err
     assert perform(body, as_json=False) == exit_code
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith(("error:", "error: interrupted"))
+    assert out == "" and err.startswith("error:")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body() -> Answer:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["hwmpq", "quantize", "zoo:m", "--pin", "fc=fp32|bf16"])
+    assert perform(body, as_json=False) == 130
+    assert "to go on: hwmpq quantize zoo:m --pin 'fc=fp32|bf16'" in capfd.readouterr().err
+
+
+def test_completion_of_a_word() -> None:
+    """What the shell asks once `hwmpq --install-completion` was run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hwmpq.cli"], capture_output=True, text=True,
+        env={**os.environ, "_HWMPQ_COMPLETE": "complete_bash", "COMP_WORDS": "hwmpq qu",
+             "COMP_CWORD": "1"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["quantize"], done.stderr
 
 
 def test_traceback_only_when_asked(
@@ -413,4 +436,8 @@ def test_report_command_refuses_other_files(cli: Any, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"version": 1, "status": "met"}')
     code, out, _ = cli("report", tmp_path, "--out", tmp_path / "x.pdf", "--json")
     assert code == 2 and "NAME.html" in json.loads(out)["error"]["allowed"]
+    assert cli("report", tmp_path, "--to", "md", "--out", tmp_path / "x.html", "--json")[0] == 2
+    assert cli("report", tmp_path, "--to", "pdf", "--json")[0] == 2
     assert cli("report", tmp_path, "--out", tmp_path / "x.md", "--json")[0] == 0
+    assert cli("report", tmp_path, "--to", "json", "--anonymize", "--json")[0] == 0
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"].startswith("Met")
