@@ -122,7 +122,7 @@ def run_block(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
             progress({"step": "time"})
             _share_counts(entries, plan)
             shared = _steady_rounds(entries, plan, core, progress)
-            timings |= {item.cell.key: _timing(item, plan.rounds, shared) for item in entries}
+            timings |= {item.cell.key: _timing(item, plan, shared) for item in entries}
     return {"cells": [timings[cell.key].to_json() for cell in cells]}
 
 
@@ -237,7 +237,7 @@ def _rounds(
                 if plan.settle:
                     _wait_for_other_threads()
                     entry.runner.run(1)
-                epoch = _epoch(entry, count, core, plan.threads)
+                epoch = _epoch(entry, count, core, plan)
                 if not epoch.bad:
                     entry.kept.append(epoch)
                     entry.rounds.append(number)
@@ -276,17 +276,18 @@ def _runs(task: str) -> bool:
     return state == "R"
 
 
-def _epoch(entry: Entry, count: int, core: int | None, threads: int) -> gates.Epoch:
-    """The least of the parts; crowded where none of them began and ended alone on its core."""
+def _epoch(entry: Entry, count: int, core: int | None, plan: protocol.Protocol) -> gates.Epoch:
+    """The least of the parts; crowded where none of them began and ended alone on its core, which
+    is not asked where neighbours belong into the distribution."""
     before = gates.Counters.read(core)
-    least, crowded = math.inf, threads == 1
+    least, crowded = math.inf, plan.threads == 1 and plan.best_of > 1
     patience_s = PATIENCE * count * entry.per_call_s
     for _ in range(entry.parts):
         began_alone = crowded and gates.wait_until_alone(patience_s)
         least = min(least, entry.runner.run(count))
         crowded = crowded and not (began_alone and gates.alone())
     after = gates.Counters.read(core)
-    return gates.Epoch.between(before, after, least, count, threads, crowded=crowded)
+    return gates.Epoch.between(before, after, least, count, plan.threads, crowded=crowded)
 
 
 @functools.cache
@@ -306,14 +307,15 @@ def _sentinel_s() -> float:
     return min(found)
 
 
-def _timing(entry: Entry, rounds: int, shared: Mapping[str, Any]) -> CellTiming:
-    """Too few quiet epochs: `noisy` says so, and the least of all count, for what disturbs a time
-    only adds to it."""
-    noisy = len(entry.kept) < min(stats.MIN_SAMPLES, rounds)
+def _timing(entry: Entry, plan: protocol.Protocol, shared: Mapping[str, Any]) -> CellTiming:
+    """Too few quiet epochs: `noisy` says so, and the disturbed ones count too; the least of all,
+    unless a distribution is asked for, as what disturbs a time only adds to it."""
+    noisy = len(entry.kept) < min(stats.MIN_SAMPLES, plan.rounds)
     samples, rejected = list(zip(entry.rounds, entry.kept, strict=True)), entry.rejected
     if noisy:
         found = sorted(samples + rejected, key=lambda pair: pair[1].per_call_s)
-        samples, rejected = found[: stats.MIN_SAMPLES], found[stats.MIN_SAMPLES :]
+        most = stats.MIN_SAMPLES if plan.best_of > 1 else len(found)
+        samples, rejected = found[:most], found[most:]
         samples.sort(key=lambda pair: pair[0])
     epochs = [epoch for _, epoch in samples]
     quality = {

@@ -246,7 +246,7 @@ def test_predicted_cells_of_a_plan_are_timed_first(
     def bench(_: Job) -> Iterator[Made]:
         yield Made()
 
-    monkeypatch.setattr(latency, "_bench", bench)
+    monkeypatch.setattr(latency, "cell_bench", bench)
     facts = facts_of(job, menu, {})
     wide, plan = (dict.fromkeys(job.network.names, fmt) for fmt in ("fp32", "w8a8"))
     loss = Sensitivity(job.network.names, menu.formats, np.zeros(menu.legal.shape), "x", 1)

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -349,10 +350,13 @@ def test_disturbed_epochs_are_repeated_and_capped(monkeypatch: pytest.MonkeyPatc
             return 1e-6 * count
 
     entry = timing.Entry(Cell("a"), Fake(), {}, per_call_s=1e-6, count=100)
-    shared = timing._rounds([entry], QUICK, None, lambda note: None)
+    plan = replace(QUICK, best_of=2)
+    shared = timing._rounds([entry], plan, None, lambda note: None)
     assert len(entry.rejected) == 2 * QUICK.rounds and not entry.kept
     assert set(runs[1:]) <= set(range(100, 121)) and len(set(runs)) > 3  # the jitter
-    result = timing._timing(entry, QUICK.rounds, shared)
+    whole = timing._timing(entry, QUICK, shared)
+    assert whole.quality["noisy"] and len(whole.samples_s) == 2 * QUICK.rounds
+    result = timing._timing(entry, plan, shared)
     assert result.quality["noisy"] and len(result.samples_s) == stats.MIN_SAMPLES
     assert max(result.samples_s) <= sorted(e.per_call_s for _, e in entry.rejected)[5]
 
@@ -374,7 +378,7 @@ def test_shared_counts() -> None:
 def test_a_sample_is_the_least_part_and_crowded_unless_one_was_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seconds = iter([3e-3, 1e-3, 2e-3] * 3)
+    seconds = iter([3e-3, 1e-3, 2e-3] * 4)
 
     class Fake:
         def run(self, count: int) -> float:
@@ -386,13 +390,15 @@ def test_a_sample_is_the_least_part_and_crowded_unless_one_was_alone(
     looks = iter([False, True, False, True, True])
     monkeypatch.setattr(gates, "alone", lambda: next(looks))
     monkeypatch.setattr(gates, "wait_until_alone", lambda patience_s: next(looks))
-    epoch = timing._epoch(entry, 1000, None, 1)
+    parts = Protocol(best_of=3)
+    epoch = timing._epoch(entry, 1000, None, parts)
     assert epoch.per_call_s == pytest.approx(1e-6) and not epoch.bad
     looks = iter([True, False] * 3)
-    assert timing._epoch(entry, 1000, None, 1).bad
+    assert timing._epoch(entry, 1000, None, parts).bad
     monkeypatch.setattr(gates, "MAX_PRESSURE", 2.0)
     monkeypatch.setattr(gates, "MAX_SWITCHES_PER_S", 1e9)
-    assert not timing._epoch(entry, 1000, None, 2).bad  # several threads: not looked at
+    for unwatched in (Protocol(best_of=3, threads=2), Protocol()):
+        assert not timing._epoch(entry, 1000, None, unwatched).bad
 
 
 def test_a_core_is_shared_where_the_same_work_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:

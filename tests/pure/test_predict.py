@@ -309,7 +309,7 @@ def test_a_saved_predictor_predicts_the_same(predictor: Predictor, tmp_path: Pat
         ("card = 3", "card = 9", "version of the card.*got 9; allowed: 3"),
         ("seed = 3", "sed = 3", "entries of the card"),
         ("card = 3", "card = ", "no readable cost model in"),
-        ('"depth" = 4', '"deep" = 4', "values of the card .*deep"),
+        ("depth = ", "deep = ", "values of the card .*deep"),
         ("probe_s = [", "probe_s = [1.0, ", "Its features or kernels have changed since"),
     ],
 )
