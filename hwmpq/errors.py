@@ -103,6 +103,28 @@ class DeviceError(HwmpqError):
     exit_code = 7
 
 
+class WorkerTimeout(DeviceError):
+    """The worker was silent for longer than the deadline and was killed."""
+
+
+class WorkerCrashed(DeviceError):
+    """The worker died, and the next call starts another. cause: name of the signal, or 'exit status
+    N'."""
+
+    def __init__(self, cause: str, stderr: str):
+        super().__init__("worker crashed", cause, next=stderr)
+        self.cause = cause
+
+
+class WorkerFailed(DeviceError):
+    """The op raised an exception; the worker lives. kind: the exception's type name."""
+
+    def __init__(self, op: str, kind: str, text: str, trace: str):
+        super().__init__(f"{op} failed in the worker", f"{kind}: {text}", next=trace)
+        self.kind = kind
+        self.text = text
+
+
 class StoreError(DeviceError):
     """The store cannot be read or written, or was made by a newer version."""
 

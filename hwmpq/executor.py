@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from hwmpq.errors import DeviceError, InputError
+from hwmpq.errors import DeviceError, InputError, WorkerCrashed, WorkerFailed, WorkerTimeout
 
 #: Workers that may crash over one item before that counts as the item's fault.
 TRIES = 3
@@ -35,28 +35,6 @@ WORDS = ("serial", "processes", "processes:N", "ray", "ray://HOST:PORT")
 Payload = Mapping[str, Any]
 #: Answers a request {"op", "payload"} with {"result": ...} or {"failed": {type, text, trace}}.
 Answer = Callable[[Payload, Callable[[Payload], None]], dict[str, Any]]
-
-
-class WorkerTimeout(DeviceError):
-    """The worker was silent for longer than the deadline and was killed."""
-
-
-class WorkerCrashed(DeviceError):
-    """The worker died, and the next call starts another. cause: name of the signal, or 'exit status
-    N'."""
-
-    def __init__(self, cause: str, stderr: str):
-        super().__init__("worker crashed", cause, next=stderr)
-        self.cause = cause
-
-
-class WorkerFailed(DeviceError):
-    """The op raised an exception; the worker lives. kind: the exception's type name."""
-
-    def __init__(self, op: str, kind: str, text: str, trace: str):
-        super().__init__(f"{op} failed in the worker", f"{kind}: {text}", next=trace)
-        self.kind = kind
-        self.text = text
 
 
 class Worker(Protocol):

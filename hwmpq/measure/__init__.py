@@ -9,7 +9,7 @@ Importing this loads neither tvm nor sqlalchemy.
 
 from __future__ import annotations
 
-from hwmpq.executor import WorkerCrashed, WorkerFailed, WorkerTimeout
+from hwmpq.errors import WorkerCrashed, WorkerFailed, WorkerTimeout
 from hwmpq.measure.environment import conditions, fingerprint, toolchain
 from hwmpq.measure.process import WorkerProcess
 from hwmpq.measure.protocol import (

@@ -14,8 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from hwmpq.errors import DeviceError
-from hwmpq.executor import WorkerCrashed, WorkerFailed, WorkerTimeout
+from hwmpq.errors import DeviceError, WorkerCrashed, WorkerFailed, WorkerTimeout
 from hwmpq.measure import frames
 
 _STDERR_LINES = 30

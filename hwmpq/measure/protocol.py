@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hwmpq.errors import DeviceError, InputError
-from hwmpq.executor import WorkerCrashed, WorkerTimeout
+from hwmpq.errors import DeviceError, InputError, WorkerCrashed, WorkerTimeout
 from hwmpq.measure.process import WorkerProcess
 from hwmpq.types import FloatArray, reject_unknown
 

@@ -33,7 +33,7 @@ _PART_IMAGES = 32
 _FILES = ("library", "args", "expected", "loop", "path", "input")
 #: Reads the program from stdin, checks it, and hands over. Arguments: its bytes, SHA-256, settings.
 _BOOT = f"""
-import hashlib, os, sys, tempfile
+import hashlib, os, sys, tempfile, zlib
 sys.modules["torch"] = None  # tvm_ffi would import it, where there is one, for seconds
 size, right = int(sys.argv[1]), sys.argv[2]
 data = b""
@@ -48,7 +48,7 @@ folder = tempfile.mkdtemp(prefix="{onsite.PREFIX}%d-" % os.getpid())
 os.environ["{onsite.FOLDER}"] = folder
 path = os.path.join(folder, "kit.zip")
 with open(path, "wb") as file:
-    file.write(data)
+    file.write(zlib.decompress(data))
 sys.path.insert(0, path)
 from hwmpq.measure import worker
 worker.main(sys.argv[3:])

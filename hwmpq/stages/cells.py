@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hwmpq.executor import Pool, WorkerCrashed, WorkerFailed, WorkerTimeout
+from hwmpq.errors import WorkerCrashed, WorkerFailed, WorkerTimeout
+from hwmpq.executor import Pool
 from hwmpq.kernels import CODEGEN_VERSION, Call, Kernel
 from hwmpq.kernels import glue as glue_kernels
 from hwmpq.kernels.glue.call import GlueCall

@@ -67,14 +67,16 @@ def worker() -> Iterator[WorkerProcess]:
 
 @pytest.fixture(scope="module")
 def shared_worker(worker: WorkerProcess) -> Iterator[None]:
-    """Runs of the pipeline in this process measure in the worker of the tests."""
+    """Runs of the pipeline in this process measure in the worker of the tests, every plan once."""
     from hwmpq import pipeline
+    from hwmpq.methods import trials
     from hwmpq.side_jobs import frontier
     from hwmpq.stages import cells
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, cells, frontier):
             patch.setattr(module, "WorkerProcess", Shared(worker))
+        patch.setattr(trials, "TIMED", 1)
         yield
 
 

@@ -17,8 +17,8 @@ import torch
 from test_sensitivity_pairs import BATCH, FORMATS, legal, net
 
 from hwmpq import executor, sensitivity
-from hwmpq.errors import DeviceError, InputError
-from hwmpq.executor import Pool, WorkerCrashed, WorkerFailed, WorkerTimeout, open_pool
+from hwmpq.errors import DeviceError, InputError, WorkerCrashed, WorkerFailed, WorkerTimeout
+from hwmpq.executor import Pool, open_pool
 from hwmpq.measure import WorkerProcess
 from hwmpq.measure.worker import answer
 from hwmpq.quantize.calibrate import calibrate

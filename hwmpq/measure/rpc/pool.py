@@ -13,8 +13,7 @@ from typing import Any
 
 from hwmpq import targets
 from hwmpq.devices import Device
-from hwmpq.errors import DeviceError
-from hwmpq.executor import WorkerCrashed, WorkerFailed
+from hwmpq.errors import DeviceError, WorkerCrashed, WorkerFailed
 from hwmpq.measure import probe
 from hwmpq.measure.process import WorkerProcess
 from hwmpq.measure.protocol import CellTiming, Protocol
