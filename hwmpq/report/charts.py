@@ -46,6 +46,14 @@ def series(name: str, kind: str, tone: str, points: Iterable[Chart], **more: Any
             **more, "points": list(points)}  # fmt: skip
 
 
+def clouds(groups: Mapping[str, Iterable[Chart]], colour: Mapping[str, str]) -> list[Chart]:
+    """A series of hollow points for each group, with a colour and a mark of its own."""
+    return [
+        series(name, "points", colour[name], points, fill="hollow", mark=MARKS[i % len(MARKS)])
+        for i, (name, points) in enumerate(groups.items())
+    ]
+
+
 def tones(names: Iterable[str]) -> dict[str, str]:
     """Name -> colour, the same for the same names in the same order."""
     return {name: f"c{i % TONES}" for i, name in enumerate(dict.fromkeys(names))}

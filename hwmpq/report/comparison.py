@@ -58,8 +58,6 @@ def _plane(cells: list[dict[str, Any]]) -> charts.Chart | None:
     return charts.chart(
         "plane", "seconds of B against seconds of A",
         charts.axis("A, µs", log=True), charts.axis("B, µs", log=True),
-        [charts.series(name, "points", colour[name], points, fill="hollow",
-                       mark=charts.MARKS[i % len(charts.MARKS)])
-         for i, (name, points) in enumerate(groups.items())],
+        charts.clouds(groups, colour),
         [charts.rule("ratio", 1.0)],
     )  # fmt: skip

@@ -199,9 +199,7 @@ def _roof(cells: Sequence[Entry]) -> charts.Chart | None:
     return charts.chart(
         "roof", "MACs per second against MACs per byte",
         charts.axis("MACs per byte", log=True), charts.axis("GMAC/s", log=True),
-        [charts.series(name, "points", colour[name], points, fill="hollow",
-                       mark=charts.MARKS[i % len(charts.MARKS)])
-         for i, (name, points) in enumerate(groups.items())],
+        charts.clouds(groups, colour),
         [charts.rule("y", peak, f"peak {peak:g}", "faint") for peak in peaks],
     )  # fmt: skip
 

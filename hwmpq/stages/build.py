@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from hwmpq import artifact, tensors, toolchain
 from hwmpq.artifact.folder import write_json
 from hwmpq.artifact.golden import SAMPLES, checksum
 from hwmpq.artifact.manifest import GOLDEN, LIBRARY, PARAMETERS
-from hwmpq.errors import InputError
 from hwmpq.formats import format_named
 from hwmpq.graph import Graph
 from hwmpq.kernels import Kernel, best
@@ -250,14 +248,3 @@ def _in_memory(value: np.ndarray, encoding: str, layout: str) -> np.ndarray:
     if dtype == "uint16":
         return np.asarray(encoding_named(encoding).quantize(flat.astype(np.float32)))
     return flat.astype(dtype)
-
-
-def read_assignment(path: Path) -> Assignment:
-    """An assignment file: {layer: format}. Raises InputError."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read assignment {path}", error) from error
-    if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
-        raise InputError(f"assignment {path}", type(data).__name__, "{layer: format}")
-    return data

@@ -45,6 +45,18 @@ class Progress(Protocol):
     def note(self, text: str) -> None: ...
 
 
+def so_far(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Takes (done, of how many) and tells a stage of the progress how many are new."""
+    before = 0
+
+    def note(done: int, _of: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return note
+
+
 class Silent:
     """Progress that nobody sees."""
 

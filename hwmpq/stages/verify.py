@@ -16,7 +16,7 @@ from hwmpq.data import DataSet
 from hwmpq.measure.remote import RemoteArtifact, RemoteWorker
 from hwmpq.quantizers import Quantizers
 from hwmpq.stages.cells import timer
-from hwmpq.stages.job import Job
+from hwmpq.stages.job import Job, so_far
 
 if TYPE_CHECKING:
     from hwmpq.quantize.judge import Judgement
@@ -69,7 +69,7 @@ def float_logits(job: Job, data: DataSet, what: str) -> Any:
     from hwmpq.quantize.judge import predict
 
     with job.progress.stage(f"float outputs on {what}", len(data)) as advance:
-        return predict(job.model.module, data, progress=_steps(advance))
+        return predict(job.model.module, data, progress=so_far(advance))
 
 
 def simulated_drop(
@@ -111,7 +111,7 @@ class Jury:
             for start in range(0, count, LOOK):
                 stop = min(start + LOOK, count)
                 part = self.data.subset(np.arange(start, stop))
-                outputs.append(predict(simulator, part, progress=_steps(advance)))
+                outputs.append(predict(simulator, part, progress=so_far(advance)))
                 if len(self._reference) < len(outputs):
                     self._reference.append(predict(self.job.model.module, part))
                 reference = torch.cat(self._reference[: len(outputs)])
@@ -141,7 +141,7 @@ def simulated(
 
     with job.progress.stage("judge a candidate", len(data)) as advance:
         outputs = predict(
-            Simulator(job.graph, assignment, quantizers), data, progress=_steps(advance)
+            Simulator(job.graph, assignment, quantizers), data, progress=so_far(advance)
         )
     labels = None if data.labels is None else torch.from_numpy(data.labels)
     return judge(reference, outputs, labels, job.options.metric)
@@ -221,7 +221,7 @@ def measure_accuracy(
     picked = np.linspace(0, len(data) - 1, count).astype(int)
     with job.progress.stage("parity with the simulator", count) as advance:
         exact = predict(
-            Simulator(job.graph, assignment, quantizers), part, progress=_steps(advance)
+            Simulator(job.graph, assignment, quantizers), part, progress=so_far(advance)
         )
     part_labels = None if labels is None else labels[picked]
     simulated_score = judge(reference[picked], exact, part_labels, metric).simulated
@@ -235,15 +235,3 @@ def measure_accuracy(
         found.drop_interval, agreement,
         float(np.abs(ours - deployed[picked]).max()), difference,
     )  # fmt: skip
-
-
-def _steps(advance: Any) -> Any:
-    """Adapts (done, all) progress to advance(n)."""
-    before = 0
-
-    def note(done: int, _all: int) -> None:
-        nonlocal before
-        advance(done - before)
-        before = done
-
-    return note

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from hwmpq import peers
 from hwmpq.artifact import read_manifest
+from hwmpq.cli.jobs import read_assignment
 from hwmpq.cli.progress import reporter
 from hwmpq.errors import HwmpqError, InputError
 from hwmpq.measure import (
@@ -39,7 +40,7 @@ from hwmpq.measure import (
     time_block,
 )
 from hwmpq.peers.rival import Rival, write_files
-from hwmpq.stages.build import make_artifact, read_assignment
+from hwmpq.stages.build import make_artifact
 from hwmpq.stages.facts import calibrate
 from hwmpq.stages.job import Job, Options, Progress, load_images, open_job
 from hwmpq.stages.menu import Menu, make_menu, uniform

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hwmpq.artifact import read_manifest
+from hwmpq.cli.jobs import read_assignment
 from hwmpq.cli.progress import reporter
 from hwmpq.errors import HwmpqError
 from hwmpq.formats import format_named
 from hwmpq.kernels import Kernel, best
-from hwmpq.stages.build import read_assignment
 from hwmpq.stages.job import Job, Options, open_job
 from hwmpq.stages.latency import LatencyFacts, profile
 from hwmpq.stages.menu import make_menu

@@ -33,7 +33,7 @@ from hwmpq.methods.fliqs.space import IntArray
 from hwmpq.quantize import checkpoint
 from hwmpq.quantize.finetune import Course
 from hwmpq.report import training as plots
-from hwmpq.stages.job import Progress
+from hwmpq.stages.job import Progress, so_far
 from hwmpq.types import BoolArray, FloatArray, digest
 
 #: Part of a run's key: raise it when the search changes.
@@ -97,14 +97,7 @@ def run(
 def shown(progress: Progress, name: str, steps: int) -> Iterator[Note]:
     """A `note` that shows how far a run of so many steps is."""
     with progress.stage(name, steps) as advance:
-        told = 0
-
-        def note(done: int, _of: int) -> None:
-            nonlocal told
-            advance(done - told)
-            told = done
-
-        yield note
+        yield so_far(advance)
 
 
 def device_of(ranks: Ranks) -> str:
