@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hwmpq.errors import InputError, UnknownName
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 ENTRY_POINTS, FEATURE_POINTS = "hwmpq.targets", "hwmpq.features"
 
@@ -181,7 +184,12 @@ class Target:
     @property
     def foreign(self) -> bool:
         """Are its programs those of another kind of machine than the one that runs this?"""
-        return bool(self.triple) and self.triple.partition("-")[0] != platform.machine()
+        return is_foreign(self.triple)
+
+
+def is_foreign(triple: str) -> bool:
+    """Is that the platform of another kind of machine than the one that runs this? '' is not."""
+    return bool(triple) and triple.partition("-")[0] != platform.machine()
 
 
 def names() -> list[str]:
@@ -207,7 +215,7 @@ def read(path: Path) -> Target:
 
     Raises: InputError naming the file and every broken rule; UnknownName for a feature word.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -219,7 +227,7 @@ def read(path: Path) -> Target:
         raise InputError(f"target file {path}", "name", next="The name is that of the file.")
     try:  # as JSON: the strict reading of it takes lists for sets and tables for dataclasses
         text = json.dumps({"name": path.stem, **data}, default=str)
-        target = TypeAdapter(Target).validate_json(text)
+        target = _schema().validate_json(text)
     except ValidationError as error:
         broken = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InputError(f"target file {path}", "; ".join(broken)) from error
@@ -229,6 +237,14 @@ def read(path: Path) -> Target:
     if set(target.sources) != sourced or not all(target.sources.values()):
         raise InputError(f"sources in target file {path}", sorted(target.sources), sorted(sourced))
     return target
+
+
+@cache
+def _schema() -> TypeAdapter[Target]:
+    """Making it takes longer than to read a file by it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Target)
 
 
 def check_features(words: Iterable[str], where: str) -> None:

@@ -1,6 +1,6 @@
 """`auto`, the default: estimates propose plans, the true loss decides.
 
-1. The job's estimator and a free control propose a plan each; where they disagree, or where few
+1. The job's estimator and the free controls propose a plan each; where they disagree, or where few
    bits are chosen, Gauss-Newton singles and pairs propose two more.
 2. Each proposer is asked again under slightly tighter budgets: where the estimate is wrong, the
    plan next to its best one may be the better one.
@@ -24,8 +24,8 @@ from hwmpq.methods.study import Chosen, Method, Study, by_estimate
 from hwmpq.search.evaluate import answer, evaluate, index_of
 from hwmpq.types import Assignment, Problem, Solution
 
-#: Proposes for nothing: no image is run.
-CONTROL = "weight-error"
+#: Propose for nothing: one runs no image, the other has the runs of the job's own estimator.
+CONTROLS = ("weight-error", "measured")
 #: Proposes where it matters how layers act together.
 PAIRS = "clado-gn"
 #: Pair terms matter at so few bits (CLADO's claim: at 2 to 3, little at 4 to 8).
@@ -58,12 +58,14 @@ def _proposals(study: Study, problem: Problem, first: Solution) -> dict[str, Ass
     """Proposer -> plan, each plan once, the likely ones first."""
     own = study.facts.loss.estimator
     plans = {own: first.choice}
-    asked = [(own, problem, "ilp"), (CONTROL, study.with_losses_of(CONTROL, problem), "ilp")]
-    _propose(study, plans, *asked[1])
+    asked = [(own, problem, "ilp")]
+    asked += [(name, study.with_losses_of(name, problem), "ilp") for name in CONTROLS]
+    for one in asked[1:]:
+        _propose(study, plans, *one)
     if len({*map(_frozen, plans.values())}) > 1 or _few_bits(first.choice):
         paired = study.with_losses_of(PAIRS, problem)
         asked += [(PAIRS, paired, "ilp"), (f"{PAIRS} with pairs", paired, "iqp")]
-        for one in asked[2:]:
+        for one in asked[-2:]:
             _propose(study, plans, *one)
     for share in TIGHTER:
         for name, posed, solver in asked:

@@ -17,7 +17,7 @@ from hwmpq.data import DataSet
 from hwmpq.devices import Device
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.graph import Graph, network_of
-from hwmpq.measure import fingerprint, static_model
+from hwmpq.measure import cuda, fingerprint, static_model
 from hwmpq.measure.reach import reach
 from hwmpq.measure.store import Store
 from hwmpq.targets import Target
@@ -31,7 +31,11 @@ JURY = 1024
 #: Post-training quantization where nothing is asked: cheap, and MobileNetV2 in w6a8 needs it.
 PTQ = ("bias",)
 
-
+_ON_A_GPU = (
+    "Times need such a GPU: run this there, describe that machine in {1} and give --device, or pack "
+    "the kernels with `hwmpq profile MODEL --target {0} --bundle out.tar`. `hwmpq compile` needs "
+    "none, and `hwmpq verify ARTIFACT --emulated` runs what it makes on this CPU."
+)
 IndexArray = NDArray[np.intp]
 
 
@@ -238,13 +242,7 @@ def _target(name: str, device: Device) -> Target:
     if name == "native" and device.target:
         name = device.target
     if name != "native":
-        target = targets.load(name)
-        if target.gpu:
-            raise InputError(
-                f"target {name}", "a GPU, for which nothing is timed or shipped yet", None,
-                f"`hwmpq target check {name}` compiles its kernels, inspects and emulates them.",
-            )  # fmt: skip
-        return target
+        return targets.load(name)
     if device.remote:
         raise InputError(
             f"target of device {device.name}", "native", targets.names(),
@@ -259,17 +257,25 @@ def _machine(device: Device, target: Target) -> str:
     if device.remote:
         with reach(device) as worker:
             found = worker.describe()
-        missing = sorted(target.features - frozenset(found["features"]))
-        name, able = str(found["fingerprint"]), None
+        timed = found["gpu"] if target.gpu else found
+        missing = sorted(target.features - frozenset(timed["features"]))
+        name = str(timed["fingerprint"])
+    elif target.gpu:
+        found = cuda.identity()
+        missing, name = sorted(target.features - frozenset(found["features"])), found["fingerprint"]
     else:
         missing, name = targets.satisfied_by_host(target), fingerprint()
         device.recognize(name)
-        able = [n for n in targets.names() if not targets.satisfied_by_host(targets.load(n))]
     if missing:
         where = f"device {device.name}" if device.remote else "this machine"
+        able = None if device.remote else [
+            n for n in targets.names() if not targets.satisfied_by_host(targets.load(n))
+        ]  # fmt: skip
         raise InputError(
             f"{where} cannot run target {target.name}", f"no {', '.join(missing)}", able,
-            f"Use another target, or a device that has the features: {devices.path()}."
+            _ON_A_GPU.format(target.name, devices.path())
+            if target.gpu
+            else f"Use another target, or a device that has the features: {devices.path()}."
             if not target.foreign
             else "Times need a chip of that kind: describe a board in "
             f"{devices.path()} and give --device. `hwmpq compile` needs none; --allow-estimates "
