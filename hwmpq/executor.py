@@ -1,10 +1,10 @@
 """Independent items mapped over workers: processes of this machine, or actors of a Ray cluster.
 
 An item is a call of a public function of this package by name, dict in, dict out. Two words of it
-name folders: "reads", files that are the same for many items, and of which a worker may keep what
-it made; "folder", where the item may leave files for the caller. Ray carries both; processes share
-our disk. Items share nothing, and only the caller keeps results: a worker that is lost costs time,
-as another one gets its item, and changes nothing else.
+name folders: "reads", a list of those that are the same for many items, and of which a worker may
+keep what it made; "folder", where the item may leave files for the caller. Ray carries both;
+processes share our disk. Items share nothing, and only the caller keeps results: a worker that is
+lost costs time, as another one gets its item, and changes nothing else.
 
 Ray pickles what its processes say to each other, so a cluster is to be trusted like this machine.
 """
@@ -181,7 +181,7 @@ class _RayWorker:
         if self._actor is None:
             self._actor = self._ray.remote(num_cpus=1)(_Actor).remote(self._answer)
         given = payload["payload"]
-        reads = (given["reads"], [self._sent(given["reads"])]) if "reads" in given else None
+        reads = {folder: [self._sent(folder)] for folder in given.get("reads", ())}
         try:
             ticket = self._actor.call.remote({"op": op, "payload": payload}, reads)
             reply, files = self._ray.get(ticket, timeout=deadline_s)
@@ -216,13 +216,13 @@ class _Actor:
         self._given: dict[str, str] = {}
 
     def call(
-        self, request: dict[str, Any], reads: tuple[str, list[Any]] | None
+        self, request: dict[str, Any], reads: Mapping[str, list[Any]]
     ) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """The answer, and the files that were left in the item's folder. reads: the folder's name,
-        and a reference to its files, which are fetched once."""
+        """The answer, and the files that were left in the item's folder. reads: folder -> one
+        reference to its files, which are fetched once."""
         given = dict(request["payload"]["payload"])
-        if reads is not None:
-            given["reads"] = self._folder(*reads)
+        if reads:
+            given["reads"] = [self._folder(name, files) for name, [files] in reads.items()]
         here = tempfile.mkdtemp(prefix="hwmpq-")
         try:
             there = given.get("folder")
@@ -235,12 +235,12 @@ class _Actor:
         finally:
             shutil.rmtree(here)
 
-    def _folder(self, name: str, files: list[Any]) -> str:
+    def _folder(self, name: str, files: Any) -> str:
         import ray
 
         if name not in self._given:
             path = Path(tempfile.mkdtemp(prefix="hwmpq-"))
-            for file, content in ray.get(files[0]).items():
+            for file, content in ray.get(files).items():
                 (path / file).write_bytes(content)
             self._given[name] = str(path)
         return self._given[name]

@@ -185,6 +185,7 @@ Manifest read_manifest(const std::string &raw) {
   if (!kind || !kind->is(Kind::String) || kind->text != kKind) throw Refused("no artifact");
   if (!version || !version->is(Kind::Integer) || version->integer != kVersion)
     throw Refused("unknown version; this program reads version " + std::to_string(kVersion));
+  if (found.find("library")) throw Refused("an artifact for a GPU: this program runs on CPUs");
   for (const char *key : {"target", "threads", "inputs", "outputs", "assignment", "calls",
                           "parameters", "files", "interface"})
     if (!found.find(key) || !good(key, *found.find(key)))

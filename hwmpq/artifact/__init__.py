@@ -3,6 +3,7 @@
     manifest.json        what it is (below); holds the SHA-256 of every file but itself and
     manifest.sig         optional: ed25519 signature, 64 bytes, over the bytes of manifest.json
     model.so             the compiled library (a Relax VM executable); model.4.so: for batches of 4
+    model.cubin, model.cu, model.json   instead, for an NVIDIA GPU (see `hwmpq.artifact.cuda`)
     parameters.safetensors   packed weights, by the names in manifest["parameters"]
     golden.safetensors   inputs and outputs of the exact simulator, checksums of every tensor
     assignment.json, quantizers.safetensors   to build it again, elsewhere or changed
@@ -13,10 +14,11 @@ threads, inputs and outputs [{name, shape, dtype}], assignment {layer: format}, 
 written by each kernel call, in order), parameters (names in order), interface (SHA-256 of inputs,
 outputs, calls, parameters and batches, see manifest.py), files {name: sha256}. For further batch
 sizes: batches [{size, library, parameters}]; the size is then the first extent of every input and
-output. It also tells: model, versions, target's tvm and features, layout, range and normalization
-of inputs and outputs, kernels {layer: {kernel, execution, and schedule where timing chose another
-than the default}}, nbytes, and what `quantize` found, as in result.json: latency_s, accuracy. A
-reader ignores entries that it does not know; what would mislead an old reader raises `version`.
+output. For a GPU: library "model.cubin". It also tells: model, versions, target's tvm and features,
+layout, range and normalization of inputs and outputs, kernels {layer: {kernel, execution, and
+schedule where timing chose another than the default}}, machine_code of a GPU (what an inspection
+found), nbytes, and what `quantize` found, as in result.json: latency_s, accuracy. A reader ignores
+entries that it does not know; what would mislead an old reader raises `version`.
 
 Refused, always before native code is loaded: another version; an entry missing or of another type;
 a name twice in one JSON object; a file missing, changed, or not listed; a link, a pipe or a device

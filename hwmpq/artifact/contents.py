@@ -90,7 +90,8 @@ def _signature(folder: Path) -> bytes:
 
 def _check_names(folder: Path, files: Mapping[str, str], libraries: Iterable[str]) -> None:
     """Raises InputError unless the folder holds just what the manifest lists."""
-    for name in (*libraries, spec.PARAMETERS):
+    parts = [part for name in libraries for part in spec.parts(name).values()]
+    for name in (*parts, spec.PARAMETERS):
         if name not in files:
             raise InputError(f"the manifest of {folder} does not list a file", name, next=_AGAIN)
     reserved = {MANIFEST, signature.FILE}

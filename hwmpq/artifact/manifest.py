@@ -7,11 +7,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 VERSION = 1
 KIND = "hwmpq-artifact"
 LIBRARY, PARAMETERS, GOLDEN = "model.so", "parameters.safetensors", "golden.safetensors"
+#: Of an artifact for a GPU: machine code, its text, the list of launches (`artifact.cuda`).
+CUBIN, TEXT, LAUNCHES = ".cubin", ".cu", ".json"
 #: Types that a tensor at the border of the network may have.
 DTYPES = (
     "float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32",
@@ -41,13 +44,16 @@ def parse(raw: bytes) -> Any:
 
 def interface(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of what a caller relies on: a line for each input, output, call and parameter, in
-    order, then for each further batch size and its parameters. It stands in the manifest itself
+    order, and the library where it is not the usual one, then for each further batch size and its
+    parameters. It stands in the manifest itself
     and finds entries that were changed or exchanged."""
     lines = []
     for kind in ("inputs", "outputs"):
         for entry in manifest[kind]:
             shape = ",".join(map(str, entry["shape"]))
             lines.append(f"{kind} {entry['name']} {entry['dtype']} {shape}\n")
+    if "library" in manifest:
+        lines.append(f"library {manifest['library']}\n")
     for kind in ("calls", "parameters"):
         lines += [f"{kind} {name}\n" for name in manifest[kind]]
     for batch in manifest.get("batches", ()):
@@ -59,7 +65,15 @@ def interface(manifest: Mapping[str, Any]) -> str:
 def libraries(manifest: Mapping[str, Any]) -> dict[int, str]:
     """Batch size -> file of the library for it; the first is that of `inputs`, in any artifact."""
     first = manifest["inputs"][0]["shape"][:1] or [1]
-    return {first[0]: LIBRARY} | {b["size"]: b["library"] for b in manifest.get("batches", ())}
+    own = manifest.get("library", LIBRARY)
+    return {first[0]: own} | {b["size"]: b["library"] for b in manifest.get("batches", ())}
+
+
+def parts(library: str) -> dict[str, str]:
+    """The files that make a library, by suffix: a GPU's has also its text and its launches."""
+    path = Path(library)
+    suffixes = (CUBIN, TEXT, LAUNCHES) if path.suffix == CUBIN else (path.suffix,)
+    return {suffix: str(path.with_suffix(suffix)) for suffix in suffixes}
 
 
 def wrong(manifest: Mapping[str, Any]) -> list[str]:
@@ -156,4 +170,5 @@ _TOLD: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict) and all(isinstance(told, dict) for told in value.values())
     ),
     "batches": lambda value: isinstance(value, list) and all(map(_is_batch, value)),
+    "library": _is_name,
 }

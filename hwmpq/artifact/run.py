@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwmpq import targets, tensors, tile_permission, toolchain
-from hwmpq.artifact import native, pool, signature
+from hwmpq.artifact import cuda, pool, signature, vm
 from hwmpq.artifact.contents import Contents, open_artifact
-from hwmpq.artifact.manifest import GOLDEN, PARAMETERS, libraries
+from hwmpq.artifact.cuda import Machine, driver
+from hwmpq.artifact.manifest import CUBIN, GOLDEN, LAUNCHES, PARAMETERS, libraries, parts
 from hwmpq.errors import InputError
 
 Array = NDArray[Any]
-#: Names of our kernels in a compiled library begin so; those that TVM makes do not.
-KERNEL_PREFIX = "hwmpq_"
+
+
+class Program(Protocol):
+    """What was compiled for one batch size, ready to run."""
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """The outputs."""
+        ...
+
+    def bench(self, inputs: Sequence[Array]) -> Callable[[], object]:
+        """A function that runs once on inputs that lie ready."""
+        ...
+
+    def trace(self, inputs: Sequence[Array]) -> list[Array]:
+        """What every kernel call of one run wrote, flat, in order."""
+        ...
+
+    def call_seconds(self, inputs: Sequence[Array], longest_s: float) -> list[float]:
+        """Least seconds of every kernel call of 15 runs; of fewer, but 3, once they took that."""
+        ...
 
 
 def load(
-    path: str | Path, require_signature: str | Path | None = None, threads: int | None = None
-) -> Artifact:
+    path: str | Path, require_signature: str | Path | None = None, threads: int | None = None,
+    machine: Machine | None = None,
+) -> Artifact:  # fmt: skip
     """Check an artifact and load it; the bytes that were checked are the bytes that are loaded.
 
     require_signature: the file of the public key that must have signed it, beside the one that
     HWMPQ_REQUIRE_SIGNATURE names. threads: another number than it was built for, if that is more
-    than one; its loops are cut into as many parts as it was built for, so more stay idle. Raises
-    InputError when files were changed, added or taken away, the version is unknown, the signature
-    missing or wrong, this CPU lacks a feature, or Linux refuses one: always before any native code
-    of it is loaded.
+    than one; its loops are cut into as many parts as it was built for, so more stay idle. machine:
+    what runs the kernels of an artifact for a GPU, the first GPU here by default. Raises
+    DeviceError where there is none; InputError when files were changed, added or taken away, the
+    version is unknown, the signature missing or wrong, this CPU lacks a feature, or Linux refuses
+    one: always before any native code of it is loaded.
     """
     contents = open_artifact(Path(path), signature.required(require_signature))
     target, built_for = contents.manifest["target"], contents.manifest["threads"]
@@ -44,16 +63,43 @@ def load(
         )  # fmt: skip
     _check_cpu(target)
     names = libraries(contents.manifest)
+    wanted = {PARAMETERS, *(part for name in names.values() for part in parts(name).values())}
     kept = {}
     for name in contents.manifest["files"]:
         raw = contents.file(name)
-        if name == PARAMETERS or name in names.values():
+        if name in wanted:
             kept[name] = raw
     parameters = _parameters(contents, kept[PARAMETERS])
     tile_permission.ask(target["cpu_flags"])
-    toolchain.check()
-    code = {size: kept[name] for size, name in names.items()}
-    return Artifact(contents, code, parameters, threads or built_for)
+    programs = _programs(contents, names, kept, parameters, machine)
+    return Artifact(contents, programs, threads or built_for)
+
+
+def _programs(
+    contents: Contents, names: Mapping[int, str], kept: Mapping[str, bytes],
+    parameters: Mapping[str, Array], machine: Machine | None,
+) -> Mapping[int, Program]:  # fmt: skip
+    """Batch size -> what runs it. names: of the libraries; kept: their files' contents."""
+    manifest, files = contents.manifest, {size: parts(name) for size, name in names.items()}
+    entries = (manifest, *manifest.get("batches", ()))
+    taken = {size: entry["parameters"] for size, entry in zip(names, entries, strict=True)}
+    first = next(iter(names))
+    if CUBIN not in files[first]:
+        if machine is not None:
+            raise InputError(f"artifact {contents.path}", "one for a CPU", "one for a GPU")
+        toolchain.check()
+        code = {size: kept[name] for size, name in names.items()}
+        return vm.programs(code, taken, parameters, contents.path)
+    machine = machine or driver.gpu()
+    pairs = {
+        size: (kept[found[machine.suffix]], kept[found[LAUNCHES]]) for size, found in files.items()
+    }
+
+    def shapes(kind: str, size: int) -> list[list[int]]:
+        return [_shape(entry, size, first) for entry in manifest[kind]]
+
+    ends = {size: (shapes("inputs", size), shapes("outputs", size)) for size in names}
+    return cuda.programs(machine, pairs, taken, parameters, ends, contents.path)
 
 
 def _parameters(contents: Contents, raw: bytes) -> dict[str, Array]:
@@ -78,16 +124,6 @@ def _check_cpu(target: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Program:
-    """What was compiled for one batch size. machine: makes another VM of it; parameters: in the
-    order in which `main` takes them after the inputs."""
-
-    machine: Callable[[], Any]
-    vm: Any
-    parameters: list[Any]
-
-
 class Artifact:
     """A loaded artifact: call it with numpy arrays in the order of the model's inputs.
 
@@ -96,22 +132,9 @@ class Artifact:
     load one each.
     """
 
-    def __init__(
-        self, contents: Contents, code: Mapping[int, bytes], parameters: Mapping[str, Array],
-        threads: int,
-    ):  # fmt: skip
-        import tvm
-
+    def __init__(self, contents: Contents, programs: Mapping[int, Program], threads: int):
         self.path, self.manifest, self._contents = contents.path, contents.manifest, contents
-        self.sizes = tuple(code)
-        self._tensor = tvm.runtime.tensor
-        # Batch sizes share what is packed alike for them.
-        shared = {name: self._tensor(array) for name, array in parameters.items()}
-        entries = (self.manifest, *self.manifest.get("batches", ()))
-        self._programs = {
-            size: _program(raw, contents.path, [shared[name] for name in entry["parameters"]])
-            for (size, raw), entry in zip(code.items(), entries, strict=True)
-        }
+        self.sizes, self._programs = tuple(programs), dict(programs)
         self._lock = threading.Lock()
         self._threads = threads
 
@@ -120,9 +143,7 @@ class Artifact:
         program, checked = self._prepared(inputs)
         self._take_threads()
         with self._lock:
-            result = program.vm["main"](*checked, *program.parameters)
-        outputs = [result] if hasattr(result, "numpy") else list(result)
-        arrays = [o.numpy() for o in outputs]
+            arrays = program.run(checked)
         return arrays[0] if len(arrays) == 1 else arrays
 
     def named(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -137,53 +158,40 @@ class Artifact:
 
     def run_samples(self, images: Array, progress: Callable[[int], None] | None = None) -> Array:
         """First output for each sample of a batch [N, ...] of a one-input model, N being any."""
-        rows, at = [], 0
-        while at < len(images):
-            fitting = [size for size in self.sizes if size <= len(images) - at]
-            size = max(fitting, default=min(self.sizes))
-            part = images[at : at + size]
-            count = len(part)
-            if count < size:
-                part = np.concatenate([part, np.repeat(part[-1:], size - count, 0)])
-            result = self(np.ascontiguousarray(part, np.float32))
-            rows.append((result[0] if isinstance(result, list) else result)[:count])
-            at += count
-            if progress:
-                progress(count)
-        return np.concatenate(rows)
 
-    def bench_callable(self, *inputs: Array) -> Callable[[], object]:
-        """A function that runs once, in this thread, on prepared inputs (default: seeded noise)."""
-        program, checked = self._prepared(inputs or self._noise())
+        def first(part: Array) -> Array:
+            result = self(np.ascontiguousarray(part, np.float32))
+            return result[0] if isinstance(result, list) else result
+
+        return in_batches(first, self.sizes, images, progress)
+
+    def bench_callable(self, *inputs: Array, size: int | None = None) -> Callable[[], object]:
+        """A function that runs once, in this thread, on prepared inputs; without any, on seeded
+        noise of a batch size, the first where none is given."""
+        program, checked = self._prepared(inputs or self._noise(size or self.sizes[0]))
         self._take_threads()
-        program.vm.set_input("main", *checked, *program.parameters)
-        invoke = program.vm.invoke_stateful
-        return lambda: invoke("main")
+        return program.bench(checked)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Is it one for a GPU?"""
+        return isinstance(self._programs[self.sizes[0]], cuda.CudaProgram)
+
+    def gpu_seconds(self, size: int | None = None) -> Callable[[int], float]:
+        """A function of how many runs: the seconds that they take by the GPU's own clock, on seeded
+        noise of a batch size, the first where none is given. Raises InputError on a CPU."""
+        program, checked = self._prepared(self._noise(size or self.sizes[0]))
+        if not isinstance(program, cuda.CudaProgram):
+            raise InputError(f"a GPU's clock for artifact {self.path}", "one for a CPU")
+        return program.seconds(checked)
 
     def call_seconds(self, longest_s: float = 0.1) -> list[float]:
         """Least seconds of every kernel call inside runs on seeded noise, at the first batch size,
         in the order of the manifest's `calls`: each finds the caches as the one before it left
         them. 15 runs; fewer, but 3, once they took `longest_s`."""
-        stamps: list[float] = []
-
-        def tick(_function: object, name: str, _before: bool, _result: object, *_: Any) -> int:
-            if name.startswith(KERNEL_PREFIX):
-                stamps.append(time.perf_counter())
-            return 0
-
-        program, checked = self._prepared(self._noise(), self.sizes[:1])
-        machine = program.machine()  # an instrument cannot be taken off again
-        machine.set_instrument(tick)
-        machine.set_input("main", *checked, *program.parameters)
+        program, checked = self._prepared(self._noise(self.sizes[0]))
         self._take_threads()
-        machine.invoke_stateful("main")  # the first run loads what is loaded on demand
-        found: list[Array] = []
-        began = time.perf_counter()
-        while len(found) < 15 and (len(found) < 3 or time.perf_counter() - began < longest_s):
-            stamps.clear()
-            machine.invoke_stateful("main")
-            found.append(np.diff(stamps)[::2])
-        return [float(seconds) for seconds in np.min(found, axis=0)]
+        return program.call_seconds(checked, longest_s)
 
     def golden(self) -> tuple[dict[str, Array], dict[str, str]]:
         """The golden samples and the checksums. Raises InputError where they were changed."""
@@ -194,25 +202,16 @@ class Artifact:
     def trace(self, *inputs: Array) -> list[tuple[str, Array]]:
         """Run once, at the first batch size, and give every tensor that a kernel wrote, in order:
         (name, flat contents)."""
-        seen: list[Array] = []
-
-        def after(_function: object, name: str, before: bool, _result: object, *args: Any) -> int:
-            if not before and name.startswith(KERNEL_PREFIX):
-                seen.append(args[-1].numpy().copy())
-            return 0
-
         program, checked = self._prepared(inputs, self.sizes[:1])
-        machine = program.machine()  # an instrument cannot be taken off again
-        machine.set_instrument(after)
         self._take_threads()
         with self._lock:
-            machine["main"](*checked, *program.parameters)
+            seen = program.trace(checked)
         return list(zip(self.manifest["calls"], seen, strict=True))
 
-    def _noise(self) -> tuple[Array, ...]:
-        """Inputs that are the same at every call."""
+    def _noise(self, size: int) -> tuple[Array, ...]:
+        """Inputs of a batch size, the same at every call."""
         chance = np.random.default_rng(0)
-        shapes = [entry["shape"] for entry in self.manifest["inputs"]]
+        shapes = [_shape(entry, size, self.sizes[0]) for entry in self.manifest["inputs"]]
         return tuple(chance.standard_normal(s).astype(np.float32) for s in shapes)
 
     def _take_threads(self) -> None:
@@ -221,37 +220,47 @@ class Artifact:
 
     def _prepared(
         self, inputs: Sequence[Array], sizes: Sequence[int] | None = None
-    ) -> tuple[_Program, list[Any]]:
-        """What runs inputs of this batch size, one of `sizes` (all), and the inputs as tensors.
+    ) -> tuple[Program, list[Array]]:
+        """What runs inputs of this batch size, one of `sizes` (all), and the inputs for it.
 
         Raises InputError."""
         expected, able = self.manifest["inputs"], list(sizes or self.sizes)
         if len(inputs) != len(expected):
             raise InputError("number of inputs", len(inputs), len(expected))
         for array, entry in zip(inputs, expected, strict=True):
-            shapes = {size: self._shape(entry, size) for size in able}
+            shapes = {size: _shape(entry, size, self.sizes[0]) for size in able}
             able = [size for size, shape in shapes.items() if list(array.shape) == shape]
             if not able or str(array.dtype) != entry["dtype"]:
                 raise InputError(
                     f"input {entry['name']!r}", f"{array.dtype} {list(array.shape)}",
                     f"{entry['dtype']} {' or '.join(map(str, shapes.values()))}",
                 )  # fmt: skip
-        return self._programs[able[0]], [self._tensor(np.ascontiguousarray(a)) for a in inputs]
-
-    def _shape(self, entry: Mapping[str, Any], size: int) -> list[int]:
-        """Of an input at a batch size."""
-        shape = list(entry["shape"])
-        return shape if size == self.sizes[0] else [size, *shape[1:]]
+        return self._programs[able[0]], [np.ascontiguousarray(a) for a in inputs]
 
 
-def _program(code: bytes, of: Path, parameters: list[Any]) -> _Program:
-    """Raises InputError where TVM or the system does not take the library."""
-    import tvm
-    from tvm.runtime.vm import VirtualMachine
+def _shape(entry: Mapping[str, Any], size: int, first: int) -> list[int]:
+    """Of an input or output at a batch size. first: the one that the manifest gives shapes for."""
+    shape = list(entry["shape"])
+    return shape if size == first else [size, *shape[1:]]
 
-    library = native.library(code, of)
 
-    def machine() -> Any:
-        return VirtualMachine(library, tvm.cpu())
+def in_batches(
+    run: Callable[[Array], Array], sizes: Sequence[int], images: Array,
+    progress: Callable[[int], None] | None = None,
+) -> Array:  # fmt: skip
+    """What a function of so many samples at once, one of `sizes`, gives for any number of them.
 
-    return _Program(machine, machine(), parameters)
+    What is left in the end is filled up with its last sample."""
+    rows, at = [], 0
+    while at < len(images):
+        fitting = [size for size in sizes if size <= len(images) - at]
+        size = max(fitting, default=min(sizes))
+        part = images[at : at + size]
+        count = len(part)
+        if count < size:
+            part = np.concatenate([part, np.repeat(part[-1:], size - count, 0)])
+        rows.append(run(part)[:count])
+        at += count
+        if progress:
+            progress(count)
+    return np.concatenate(rows)

@@ -6,74 +6,94 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hwmpq.cli.accuracy import Samples
+from hwmpq.cli.against import Against
 from hwmpq.cli.artifact_jobs import runtime_only
 from hwmpq.cli.output import VERSION, Answer
-from hwmpq.errors import InputError, UnknownName
+from hwmpq.errors import InputError
 from hwmpq.report import words
 
 if TYPE_CHECKING:
     from hwmpq.measure import Cell, CellTiming, Protocol, WorkerProcess
 
+Array = NDArray[Any]
 #: The longest silence of the child, which loads TVM and the artifact first.
 _DEADLINE_S = 240.0
 
 
 def bench_artifact(
     artifact: str, rounds: int = 24, threads: int | None = None, seed: int = 0,
-    against: tuple[str, str] | None = None, sustain_s: float | None = None,
+    sustain_s: float | None = None, against: Against | None = None, data: str | None = None,
+    limit: int | None = None,
 ) -> Answer:  # fmt: skip
-    """Time whole runs in a child process, as `quantize` does, and one start in another; a rival in
-    the same rounds. sustain_s: then once more, under load for so long."""
+    """Time whole runs at every batch size in a child process, as `quantize` does, and one start in
+    another; a rival in the same rounds. sustain_s: then the first size once more, under load for
+    so long. data: also the accuracy of both on its first `limit` samples."""
     runtime_only()
-    from hwmpq.artifact import read_manifest
+    from hwmpq.artifact import load, read_manifest
+    from hwmpq.artifact.manifest import libraries
     from hwmpq.artifact.startup import start_up
     from hwmpq.measure import Cell, Protocol, WorkerProcess
 
-    manifest = read_manifest(Path(artifact))
-    count = threads or int(manifest.get("threads", 1))
-    own = Cell("artifact", "artifact", path=str(Path(artifact).resolve()))
+    manifest, path = read_manifest(Path(artifact)), str(Path(artifact).resolve())
+    count = threads or int(manifest["threads"])
+    samples = None if data is None else Samples.of(manifest, data, limit)
+    sizes = list(libraries(manifest))
+    own = [Cell(f"the artifact, batch {n}", "artifact", path=path, batch=n) for n in sizes]
     with tempfile.TemporaryDirectory(prefix="hwmpq-") as folder:
-        cells = [own]
-        if against is not None:
-            cells.append(_rival(*against, manifest, count, Path(folder)))
-        protocol = Protocol(rounds=rounds, threads=count, seed=seed, settle=against is not None)
+        others = against.opponents(manifest, sizes, count, Path(folder)) if against else []
+        protocol = Protocol(rounds=rounds, threads=count, seed=seed, settle=bool(others))
         with WorkerProcess(threads=count) as worker:
-            timing, *others = _timed(cells, protocol, worker)
-            parts = _sustained(own, worker, sustain_s, count, seed) if sustain_s else []
-    started = start_up(Path(artifact))
-    found = timing_json(timing.samples_s)
+            timings = _timed([*own, *(other.cell() for other in others)], protocol, worker)
+            parts = _sustained(own[0], worker, sustain_s, count, seed) if sustain_s else []
+        classes: list[Array] = []
+        if samples:
+            classes.append(samples.classes(load(artifact).run_samples))
+            classes += [samples.classes(other.outputs()) for other in others[:1]]
+    both = zip_longest(sizes, timings[: len(sizes)], timings[len(sizes) :])
+    batches = [_batch(size, mine, other, against) for size, mine, other in both]
     told: dict[str, Any] = {
-        "version": VERSION, "artifact": str(artifact), "latency_s": found, "threads": count,
-        "target": manifest["target"]["name"], "quality": dict(timing.quality),
-        "start_up_s": asdict(started),
+        "version": VERSION, "artifact": str(artifact), **batches[0], "batches": batches[1:],
+        "threads": count, "target": manifest["target"]["name"],
+        "quality": dict(timings[0].quality), "start_up_s": asdict(start_up(Path(artifact))),
     }  # fmt: skip
-    lines = [
-        f"{words.seconds(found['median'])} median (95 % interval "
-        f"{words.interval(found['interval'])}), fastest {words.seconds(found['min'])}, "
-        f"p90 {words.seconds(found['p90'])}; {found['samples']} samples, {count} thread(s)"
-    ]
-    lines.append(
-        f"start-up: load {words.seconds(started.load)}, first result "
-        f"{words.seconds(started.first_call)}; import of TVM's runtime "
-        f"{words.seconds(started.import_tvm)}"
-    )
-    if timing.quality.get("noisy"):
-        lines.append("The machine was busy: these times are disturbed.")
-    if against is not None:
-        told["against"] = _compared(*against, others[0], timing)
-        lines.append(
-            f"{against[0]} fp32: {words.seconds(told['against']['latency_s']['median'])}, "
-            f"{told['against']['ratio']:.2f} times as long"
-        )
+    if samples:
+        told["accuracy"] = samples.accuracy(classes[0])
+        for other in classes[1:]:
+            same = 100.0 * float((other == classes[0]).mean())
+            told["against"]["accuracy"] = {**samples.accuracy(other), "agreement": same}
     if parts:
         told["sustained"] = parts
-        lines += _table(parts)
-    return Answer(told, "\n".join(lines))
+    return Answer(told, "\n".join(_lines(told)))
+
+
+def _lines(told: Mapping[str, Any]) -> list[str]:
+    """All that is told, for people."""
+    lines = [
+        line for batch in (told, *told["batches"]) for line in _batch_lines(batch, told["threads"])
+    ]
+    load, first, tvm = (told["start_up_s"][n] for n in ("load", "first_call", "import_tvm"))
+    lines.append(
+        f"start-up: load {words.seconds(load)}, first result {words.seconds(first)}, together "
+        f"{(load + first) / tvm:.2f} times the import of TVM's runtime, {words.seconds(tvm)}"
+    )
+    if told["quality"].get("noisy"):
+        lines.append("The machine was busy: these times are disturbed.")
+    if accuracy := told.get("accuracy"):
+        lines.append(f"top-1 on {accuracy['n']} samples: {words.percent(accuracy['top1'])}")
+        if other := words.part(told, "against", "accuracy"):
+            lines[-1] += (
+                f"; {told['against']['name']} {words.percent(other['top1'])}, the same class for "
+                f"{words.percent(other['agreement'])}"
+            )
+    return lines + (_table(told["sustained"]) if "sustained" in told else [])
 
 
 def _sustained(
@@ -112,26 +132,6 @@ def _line(part: Mapping[str, Any], first: Mapping[str, Any]) -> str:
     )
 
 
-def _rival(
-    runtime: str, model: str, manifest: Mapping[str, Any], threads: int, folder: Path
-) -> Cell:
-    """The user's float model in another runtime, with the artifact's input shape."""
-    from hwmpq.frontend.model import load_model
-    from hwmpq.measure import Cell
-    from hwmpq.peers import NAMES, need
-    from hwmpq.peers.rival import Rival, write_files
-
-    if runtime not in NAMES:
-        raise UnknownName("program for --against", runtime, NAMES)
-    need(runtime)
-    shape = tuple(manifest["inputs"][0]["shape"])
-    files = {}
-    if runtime != "torch":
-        files = write_files(load_model(model, input_shape=shape).graph(), folder)
-    function, settings = Rival(model, None, shape, files).program(runtime, threads=threads)
-    return Cell(runtime, "program", function=function, settings=settings)
-
-
 def _timed(cells: Sequence[Cell], protocol: Protocol, worker: WorkerProcess) -> list[CellTiming]:
     """Raises InputError when one of them cannot be timed."""
     from hwmpq.measure import CellTiming
@@ -142,21 +142,43 @@ def _timed(cells: Sequence[Cell], protocol: Protocol, worker: WorkerProcess) -> 
     timings = [CellTiming.from_json(item) for item in reply["cells"]]
     for timing in timings:
         if timing.error:
-            what = "the artifact" if timing.key == "artifact" else timing.key
-            raise InputError(f"{what} could not be timed", timing.error)
+            raise InputError(f"{timing.key} could not be timed", timing.error)
     return timings
 
 
-def _compared(runtime: str, model: str, other: CellTiming, own: CellTiming) -> dict[str, Any]:
-    """ratio: how many times as long as the artifact the other takes, from paired rounds."""
+def _batch(
+    size: int, own: CellTiming, other: CellTiming | None, against: Against | None
+) -> dict[str, Any]:
+    """What is told of a batch size. ratio: how many times as long as the artifact the other program
+    takes, from paired rounds."""
     from hwmpq.measure import compare, pairs
 
-    found = compare(*pairs(other, own))
-    return {
-        "name": runtime, "model": model, "latency_s": timing_json(other.samples_s),
-        "ratio": found.ratio, "interval": list(found.interval), "verdict": found.verdict,
-        "description": other.quality["description"],
-    }  # fmt: skip
+    told: dict[str, Any] = {"batch": size, "latency_s": timing_json(own.samples_s)}
+    if other is not None and against is not None:
+        found = compare(*pairs(other, own))
+        told["against"] = {
+            "name": against.runtime, "model": against.model,
+            "latency_s": timing_json(other.samples_s), "ratio": found.ratio,
+            "interval": list(found.interval), "verdict": found.verdict,
+            "description": other.quality["description"],
+        }  # fmt: skip
+    return told
+
+
+def _batch_lines(told: Mapping[str, Any], threads: int) -> list[str]:
+    """The times of a batch size."""
+    found, other, size = told["latency_s"], told.get("against"), f"batch {told['batch']}"
+    lines = [
+        f"{size}: {words.seconds(found['median'])} median (95 % interval "
+        f"{words.interval(found['interval'])}), fastest {words.seconds(found['min'])}, "
+        f"p90 {words.seconds(found['p90'])}; {found['samples']} samples, {threads} thread(s)"
+    ]
+    if other:
+        lines.append(
+            f"{size}, {other['name']} fp32: {words.seconds(other['latency_s']['median'])}, "
+            f"{other['ratio']:.2f} times as long"
+        )
+    return lines
 
 
 def timing_json(samples_s: Sequence[float]) -> dict[str, Any]:

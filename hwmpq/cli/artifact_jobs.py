@@ -6,13 +6,13 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmpq.cli.accuracy import Samples
 from hwmpq.cli.output import VERSION, Answer
 from hwmpq.errors import InputError, UnsafeFile
 from hwmpq.report import words
@@ -52,11 +52,13 @@ def run_artifact(artifact: str, source: Path, output: Path) -> Answer:
                   f"{output}: {told}")  # fmt: skip
 
 
-def verify_artifact(artifact: str, data: str | None = None, limit: int | None = None) -> Answer:
+def verify_artifact(
+    artifact: str, data: str | None = None, limit: int | None = None, emulated: bool = False
+) -> Answer:
     """Replay the golden samples; with data also the accuracy. Exit code 5 if they differ."""
     from hwmpq.artifact import replay
 
-    loaded = _load(artifact)
+    loaded = _load(artifact, emulated)
     found = replay(loaded)
     passed = found.exact or (
         found.top1_agreement >= AGREEMENT and found.max_abs <= _TOLERANCE * _largest(loaded)
@@ -77,8 +79,9 @@ def verify_artifact(artifact: str, data: str | None = None, limit: int | None = 
         lines.append(f"first tensor that differs, if only in rounding: {found.first_difference}")
     lines.append("Verified." if passed else "NOT what was built: do not use this artifact.")
     if data is not None:
-        accuracy = _accuracy(loaded, data, limit)
-        told["accuracy"] = accuracy
+        samples = Samples.of(loaded.manifest, data, limit)
+        accuracy = samples.accuracy(samples.classes(loaded.run_samples))
+        told["accuracy"] = {**accuracy, "built_with": loaded.manifest.get("accuracy")}
         if accuracy["top1"] is None:
             lines.append(f"{accuracy['n']} samples ran; no labels, so no accuracy")
         else:
@@ -154,12 +157,14 @@ def runtime_only() -> None:
         os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
 
 
-def _load(artifact: str) -> Any:
+def _load(artifact: str, emulated: bool = False) -> Any:
+    """emulated: one for a GPU, on this CPU."""
     runtime_only()
     from hwmpq.artifact import load
+    from hwmpq.kernels.cuda.emulate import Emulator
 
     try:
-        return load(artifact)
+        return load(artifact, machine=Emulator() if emulated else None)
     except ImportError as error:
         raise InputError("the TVM runtime cannot be loaded", error, "apache-tvm",
                          "Run: pip install apache-tvm") from error  # fmt: skip
@@ -186,26 +191,3 @@ def _read(path: Path) -> Array | dict[str, Array]:
             raise UnsafeFile("input would have to be unpickled", path, "arrays of numbers",
                              "Save arrays of numbers with numpy.save.") from None  # fmt: skip
         raise InputError("cannot read the input", f"{path} ({error})", ".npy or .npz") from None
-
-
-def _accuracy(loaded: Any, spec: str, limit: int | None) -> dict[str, Any]:
-    from hwmpq import data
-
-    entry: Mapping[str, Any] = loaded.manifest["inputs"][0]
-    given = entry.get("normalization")
-    normalization = None
-    if isinstance(given, Mapping) and "mean" in given:
-        normalization = (tuple(given["mean"]), tuple(given["std"]))
-    elif isinstance(given, list | tuple) and len(given) == 2:
-        normalization = (tuple(given[0]), tuple(given[1]))
-    dataset = data.load(spec, normalization, entry["shape"])
-    count = min(len(dataset), limit or len(dataset))
-    right, step = 0, 64 * int(entry["shape"][0])
-    for at in range(0, count, step):
-        part = range(at, min(count, at + step))
-        rows = loaded.run_samples(dataset.batch(part)).reshape(len(part), -1).argmax(1)
-        if dataset.labels is not None:
-            right += int((rows == dataset.labels[at : at + len(part)]).sum())
-    top1 = None if dataset.labels is None else 100.0 * right / count
-    return {"metric": "top1", "data": spec, "n": count, "top1": top1,
-            "built_with": loaded.manifest.get("accuracy")}  # fmt: skip

@@ -25,6 +25,10 @@ Signed = Annotated[
     ),
 ]
 
+Limit = Annotated[
+    int | None, typer.Option("--eval", metavar="N", min=1, help="Samples of --data; all.")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file."""
@@ -103,6 +107,15 @@ def bench(
             help="Also time this float model in another runtime, in the same rounds.",
         ),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", metavar="FILE", help="Of the MODEL of --against."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="Also the accuracy on this, of both."),
+    ] = None,
+    limit: Limit = None,
     sustain: Annotated[
         str | None,
         typer.Option(
@@ -114,15 +127,20 @@ def bench(
     require_signature: Signed = None,
     seed: int = 0,
 ) -> Answer:
-    """Time whole runs of an artifact: median with a 95 % interval; needs no torch.
+    """Time whole runs at every batch size: median with a 95 % interval; needs no torch.
 
-    Example: hwmpq bench hwmpq-out/artifact --against torch zoo:digits_cnn
+    What --json prints with --against is also shown by `hwmpq report RESULT --peer FILE`.
+
+    Example: hwmpq bench hwmpq-out/artifact --against torch zoo:digits_cnn --data digits
     """
     from hwmpq.cli import artifact_bench, artifact_jobs
+    from hwmpq.cli.against import Against
 
     artifact_jobs.require(require_signature)
-    sustain_s = duration(sustain)
-    return artifact_bench.bench_artifact(artifact, rounds, threads, seed, against, sustain_s)
+    other = Against(*against, weights) if against else None
+    return artifact_bench.bench_artifact(
+        artifact, rounds, threads, seed, duration(sustain), other, data, limit
+    )
 
 
 def verify(
@@ -130,9 +148,11 @@ def verify(
     data: Annotated[
         str | None, typer.Option("--data", metavar="DATA", help="Also the accuracy on this.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--eval", metavar="N", min=1, help="Samples of --data; all.")
-    ] = None,
+    limit: Limit = None,
+    emulated: Annotated[
+        bool,
+        typer.Option("--emulated", help="One for a GPU, run on this CPU: needs g++, takes long."),
+    ] = False,
     require_signature: Signed = None,
 ) -> Answer:
     """Replay the golden samples: does it still compute what was built? Needs no torch.
@@ -144,7 +164,7 @@ def verify(
     from hwmpq.cli import artifact_jobs
 
     artifact_jobs.require(require_signature)
-    return artifact_jobs.verify_artifact(artifact, data, limit)
+    return artifact_jobs.verify_artifact(artifact, data, limit, emulated)
 
 
 def keygen(

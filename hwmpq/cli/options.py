@@ -223,9 +223,10 @@ TABLE: dict[str, tuple[Any, Any]] = {
     "executor": (
         _option(
             str, "--executor", _WORK,
-            "Who runs the forward passes of sensitivities and compiles kernels: serial (this "
-            "process), processes (one per core) or processes:N, ray (the cluster that Ray finds, "
-            "else one here) or ray://HOST:PORT. The results are the same.", "WHO",
+            "Who runs the forward passes of sensitivities and the trials of a proxy, and compiles "
+            "kernels: serial (this process), processes (one per core) or processes:N, ray (the "
+            "cluster that Ray finds, else one here) or ray://HOST:PORT. The results are the same.",
+            "WHO",
         ),
         "serial",
     ),

@@ -1,5 +1,5 @@
-"""Pass 0: anybody's Relax module (of TVM's torch or ONNX front end, or hand-written) becomes the
-annotated module that `hwmpq.lower` works on: `annotate`.
+"""Pass 0: anybody's Relax module, of TVM's torch, ONNX or TFLite front end or hand-written, becomes
+the annotated module that `hwmpq.lower` works on: `annotate`.
 
 Operators that the canonical graph knows are taken into it, brought into its one form (`canonical`:
 BatchNorm and bias folded, residual and activation fused into their layer) and written as annotated
@@ -18,7 +18,8 @@ from hwmpq.errors import InputError
 from hwmpq.frontend.canonical import canonicalize
 from hwmpq.frontend.draft import Draft
 from hwmpq.frontend.relax_module import relax_module
-from hwmpq.frontend.relax_ops import FOLDED, OPS, Pieces, Reader, Value, contents
+from hwmpq.frontend.relax_ops import FOLDED, OPS
+from hwmpq.frontend.relax_reader import Pieces, Reader, Value, contents
 from hwmpq.graph import Node
 from hwmpq.lower.annotations import on, variables_of
 from hwmpq.lower.moved import constant_array, is_constant, keep_errors
@@ -64,9 +65,18 @@ def annotated(module: Any, weights: Mapping[str, NDArray[Any]]) -> Any:
     return result
 
 
+#: Rank of a weight -> the orders of axes, beside its own, in which a module may hold it: a matrix
+#: transposed, of TFLite files the convolutions OHWI and 1HWO.
+_TURNED: dict[int, list[tuple[int, ...]]] = {2: [(1, 0)], 4: [(0, 3, 1, 2), (3, 0, 1, 2)]}
+
+
 def _by_content(weights: Mapping[str, NDArray[Any]]) -> dict[tuple[Any, ...], str]:
-    """Contents, as they are and transposed -> name."""
-    found = {contents(value.T): name for name, value in weights.items() if value.ndim == 2}
+    """Contents, as they are and turned -> name."""
+    found = {
+        contents(value.transpose(axes)): name
+        for name, value in weights.items()
+        for axes in _TURNED.get(value.ndim, ())
+    }
     return found | {contents(value): name for name, value in weights.items()}
 
 

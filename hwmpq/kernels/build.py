@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import encoding_named, format_named
 from hwmpq.kernels import Kernel, guest, kernel_named, passes
 from hwmpq.kernels.codes import memory_dtype
+from hwmpq.kernels.cuda import cell
 from hwmpq.kernels.nests import Call, Schedule
 from hwmpq.kernels.sample import Sample, draw, stored
 from hwmpq.targets import Target
@@ -53,7 +54,7 @@ def export(executable: Any, path: Path, target: Target) -> None:
 
     aside = path.with_name(f".{os.getpid()}.{path.name}")
     if target.foreign:
-        guest.link(executable, target, aside)
+        guest.link(executable, target.triple, aside)
     elif cc.get_cc() is None:
         raise InputError(
             "no C compiler to link a kernel with",
@@ -63,6 +64,19 @@ def export(executable: Any, path: Path, target: Target) -> None:
     else:
         executable.export_library(str(aside))
     os.replace(aside, path)
+
+
+def export_cell(
+    function: Any, target: Target, arrays: Sequence[Array], folder: Path
+) -> dict[str, str]:
+    """Write a kernel as files to be timed: the fields of `measure.Cell` that name them.
+
+    arrays: what it is called on. Raises InputError without the compilers that this takes.
+    """
+    if target.gpu:
+        return cell.export(function, target, arrays, folder)
+    export(library(function, target), folder / "cell.so", target)
+    return {"library": str(folder / "cell.so")}
 
 
 def archive(executable: Any, path: Path, target: Target) -> None:
@@ -92,7 +106,8 @@ def compile_cell(request: Mapping[str, Any]) -> dict[str, Any]:
     request: "kind": "layer" with "workload" (as JSON), "format", encodings "x", "out", "residual"
     and "b" ('' = none), "threads", "kernel", "schedule" (its text, None for the best by
     estimate), "target", "folder", "seed". Answers the fields of `measure.Cell` of those
-    names ("library", "args", "expected", "roles", "features", "atol", "rtol"), the seconds that
+    names ("library", "launches", "args", "expected", "roles", "features", "atol", "rtol"), the
+    seconds that
     compiling took and "cell", the hash of what was compiled.
     Raises InputError for a request that cannot be built.
     """
@@ -115,14 +130,12 @@ def _layer(request: Mapping[str, Any]) -> dict[str, Any]:
         kernel = kernel.scheduled(Schedule.parse(request["schedule"]), call)
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
+    arrays, files = _write_arguments(folder, kernel, call, int(request.get("seed", 0)))
     began = time.perf_counter()
-    export(library(kernel.emit(call), target), folder / "cell.so", target)
-    seconds = time.perf_counter() - began
-    files = _write_arguments(folder, kernel, call, int(request.get("seed", 0)))
-    features = sorted(kernel.requires)
+    files |= export_cell(kernel.emit(call), target, arrays, folder)
     return {
-        "library": str(folder / "cell.so"), "seconds": seconds, "cell": kernel.cell(call),
-        "features": features, **files,
+        "seconds": time.perf_counter() - began, "cell": kernel.cell(call),
+        "features": sorted(kernel.requires), **files,
     }  # fmt: skip
 
 
@@ -145,8 +158,11 @@ def _call(request: Mapping[str, Any]) -> Call:
     return Call(workload, fmt, request["x"], request["out"], residual, b, threads)
 
 
-def _write_arguments(folder: Path, kernel: Kernel, call: Call, seed: int) -> dict[str, Any]:
-    """args and expected; float results are given the rounding error that their sums may have.
+def _write_arguments(
+    folder: Path, kernel: Kernel, call: Call, seed: int
+) -> tuple[list[Array], dict[str, Any]]:
+    """The arguments, and the files of them and of what is expected; float results are given the
+    rounding error that their sums may have.
 
     A 16-bit float result lies in memory as its bits, and these are compared: results are positive
     there, so that neighbouring numbers have neighbouring bits.
@@ -168,7 +184,7 @@ def _write_arguments(folder: Path, kernel: Kernel, call: Call, seed: int) -> dic
     arrays.append(np.zeros_like(right))
     _save(folder / "args.safetensors", {str(i): a for i, a in enumerate(arrays)})
     _save(folder / "expected.safetensors", {str(len(arrays) - 1): right})
-    return {
+    return arrays, {
         "args": str(folder / "args.safetensors"),
         "expected": str(folder / "expected.safetensors"),
         "roles": roles,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from hwmpq.kernels import neon
+from hwmpq.kernels import neon, rvv
 from hwmpq.kernels.codes import from_f32, memory_dtype, packed, to_f32
 from hwmpq.kernels.ir import IR, Buffer, Expr
 from hwmpq.requantize import HI, INV_OUT, LO, M_RES, Z_OUT, Z_RES
@@ -49,7 +49,7 @@ class EpilogueEmitter:
     scalars: Buffer
     out_buffer: Buffer
     residual_buffer: Buffer | None
-    isa: Literal["", "avx2", "neon"]
+    isa: Literal["", "avx2", "neon", "rvv"]
     begun: bool = False
 
     def first(self, ir: IR, channel: Expr, lanes: int) -> Expr:
@@ -62,7 +62,7 @@ class EpilogueEmitter:
         """Finish and store runs of whole vectors: bytes are packed to a register by AVX2 and NEON,
         else two vectors of a run are done at once."""
         unsigned = is_integer(self.out) and memory_dtype(self.out) == "uint8"
-        if not (self.isa and self.integer and unsigned):
+        if not (self.isa in ("avx2", "neon") and self.integer and unsigned):
             for run in runs:
                 for j in range(0, len(run.sums), 2):
                     pair, skip = run.sums[j : j + 2], j * lanes
@@ -105,7 +105,11 @@ class EpilogueEmitter:
         residual = None
         if self.residual:
             residual = self._residual(ir, at, lanes, valid)
-        y = from_f32(ir, self._value(ir, acc, channel, residual, lanes), self.out, lanes)
+        value = self._value(ir, acc, channel, residual, lanes)
+        if self.isa == "rvv" and is_integer(self.out):
+            y = ir.cast(rvv.rounded(ir, value, lanes), memory_dtype(self.out), lanes)
+        else:
+            y = from_f32(ir, value, self.out, lanes)
         if valid == lanes:
             ir.store(self.out_buffer, at, y, lanes)
             return

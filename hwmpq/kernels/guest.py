@@ -53,11 +53,11 @@ def check_tools(target: Target) -> None:
         raise InputError(f"emulating {target.name} lacks", ", ".join(lacking), None, DEBIAN)
 
 
-def link(executable: Any, target: Target, path: Path) -> None:
-    """Write a shared library for the target. Raises InputError without the cross compiler."""
+def link(executable: Any, triple: str, path: Path) -> None:
+    """Write a shared library for a platform. Raises InputError without its cross compiler."""
     from tvm.support import cc
 
-    compiler = f"{target.triple}-gcc"
+    compiler = f"{triple}-gcc"
     if shutil.which(compiler) is None:
         raise InputError("no cross compiler to link with", compiler, None, DEBIAN)
     executable.export_library(str(path), fcompile=cc.cross_compiler(compiler))
@@ -73,7 +73,7 @@ def run(executable: Any, target: Target, inputs: Sequence[Array], out: Array, me
     check_tools(target)
     with tempfile.TemporaryDirectory(prefix="hwmpq-guest-") as folder:
         library = Path(folder) / "kernel.so"
-        link(executable, target, library)
+        link(executable, target.triple, library)
         return call(library, target, inputs, out, memory)
 
 

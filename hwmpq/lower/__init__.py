@@ -23,6 +23,7 @@ from hwmpq.graph import Graph
 from hwmpq.lower.annotations import read
 from hwmpq.lower.assign import assign_formats, assigned
 from hwmpq.lower.codegen import compile_module
+from hwmpq.lower.cuda import CudaNetwork, compile_network
 from hwmpq.lower.parameters import lift_parameters
 from hwmpq.lower.rewrite import chosen_kernel, lower_annotated, lowered
 from hwmpq.lower.select import select_kernels
@@ -31,16 +32,16 @@ from hwmpq.quantizers import Quantizers
 from hwmpq.targets import Target
 
 __all__ = [
-    "Built", "Schedule", "Step", "assign_formats", "build", "chosen_kernel", "compile_module",
-    "graph_of", "lift_parameters", "lower_annotated", "select_kernels", "steps",
+    "Built", "CudaNetwork", "Schedule", "Step", "assign_formats", "build", "chosen_kernel",
+    "compile_module", "graph_of", "lift_parameters", "lower_annotated", "select_kernels", "steps",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """executable: TVM's, ready to export; parameters: in the order main takes them after the
-    inputs; lowered: the module before code generation, to look at; calls: the tensor that each
-    kernel call writes, in order; peak_memory: bytes of activations in the plan."""
+    """executable: TVM's, ready to export, for a GPU a `CudaNetwork`; parameters: in the order main
+    takes them after the inputs; lowered: the module before code generation, to look at; calls: the
+    tensor that each kernel call writes, in order; peak_memory: bytes of activations in the plan."""
 
     executable: Any
     parameters: dict[str, NDArray[Any]]
@@ -77,5 +78,9 @@ def build(
     module = lowered(assigned(module, assignment, kernels, schedules), quantizers, target, threads)
     module, parameters = lift_parameters(module)
     calls = tuple(json.loads(str(module.attrs["hwmpq.calls"])))
+    if target.gpu:
+        inputs = len(module["main"].params) - len(parameters)
+        network, peak = compile_network(module, target, inputs)
+        return Built(network, parameters, module, calls, peak)
     executable, peak = compile_module(module, target, threads, system_lib)
     return Built(executable, parameters, module, calls, peak)

@@ -26,7 +26,7 @@ def compile_module(
 
     @tvm.transform.module_pass(opt_level=0, name="hwmpq.PlannedMemory")  # type: ignore[untyped-decorator,unused-ignore]
     def note_memory(mod: Any, _context: Any) -> Any:
-        planned.append(_storage_bytes(mod["main"]))
+        planned.append(storage_bytes(mod["main"]))
         return mod
 
     hardware = tvm.target.Target(dict(target.tvm))
@@ -38,10 +38,7 @@ def compile_module(
                 [
                     relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
                     fallback_schedule(target.vector_bytes, threads, given),
-                    relax.transform.ToNonDataflow(),
-                    relax.transform.RemovePurityChecking(),
-                    relax.transform.CallTIRRewrite(),
-                    relax.transform.StaticPlanBlockMemory(),
+                    plan_memory(),
                     note_memory,
                     relax.transform.LowerAllocTensor(),
                     relax.transform.KillAfterLastUse(),
@@ -59,7 +56,22 @@ def compile_module(
     return built, planned[-1]
 
 
-def _storage_bytes(main: Any) -> int:
+def plan_memory() -> Any:
+    """TVM passes: kernels are called on planned memory and write to their last argument."""
+    import tvm
+    from tvm import relax
+
+    return tvm.transform.Sequential(
+        [
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+        ]
+    )
+
+
+def storage_bytes(main: Any) -> int:
     """Sum of the storages that the memory plan allocates in a function."""
     total = 0
     for block in main.body.blocks:

@@ -5,7 +5,7 @@ that cannot be reached from here; and the one result file that comes back.
     hwmpq/        the project's own timing modules, unchanged (`kit`)
     bundle.json   {hwmpq_bundle, target, toolchain, protocol, blocks: [[key]], files: {name:
                   [nbytes, sha256]}, cells: [{key, cell: fields of `Cell`, row: what it is}]}
-    cells/N/      library, arguments, expected outputs, loop
+    cells/N/      library, arguments, expected outputs, loop; of a GPU's kernel its launch instead
 
 It names no model, layer, user or host, and holds no weights: the arguments are random.
 """
@@ -153,13 +153,14 @@ def _gathered(cell: Cell, place: str) -> tuple[Cell, dict[str, bytes]]:
     """The cell with its files' names in the bundle, and the files."""
     names: dict[str, Any] = {}
     files: dict[str, bytes] = {}
-    for field in ("library", "args", "expected"):
+    for field in ("library", "launches", "args", "expected"):
         if path := getattr(cell, field):
             names[field] = f"{place}/{field}{Path(path).suffix}"
             files[names[field]] = Path(path).read_bytes()
-    names["loop"] = f"{place}/loop"
-    for file in Path(cell.loop).iterdir():
-        files[f"{place}/loop/{file.name}"] = file.read_bytes()
+    if cell.loop:
+        names["loop"] = f"{place}/loop"
+        for file in Path(cell.loop).iterdir():
+            files[f"{place}/loop/{file.name}"] = file.read_bytes()
     return replace(cell, **names), files
 
 

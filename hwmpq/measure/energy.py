@@ -7,13 +7,13 @@ Documentation/power/powercap/powercap.rst; NVML API reference, nvmlDeviceGetTota
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hwmpq.measure.nvml import watch
 from hwmpq.targets import Target
 
 _POWERCAP = Path("/sys/class/powercap")
@@ -83,18 +83,7 @@ def _joules(file: Path) -> float:
 
 def nvml() -> list[Counter]:
     """The first NVIDIA device, if it counts."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+    device = watch()
+    if device is None or not device.joules():
         return []
-    device, found = ctypes.c_void_p(), ctypes.c_ulonglong()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
-        return []
-
-    def read() -> float:
-        library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(found))
-        return found.value / 1e3
-
-    if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(found)):
-        return []
-    return [Counter(read, 0.0, "NVML device 0")]
+    return [Counter(device.joules, 0.0, "NVML device 0")]

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from hwmpq import tensors, tile_permission
 from hwmpq.errors import InputError
 from hwmpq.measure.environment import l2_bytes
 from hwmpq.measure.protocol import Cell
+from hwmpq.targets import is_foreign
 
 MAX_COPIES = 64
 MAX_ROTATED_BYTES = 64 << 20
@@ -107,6 +108,11 @@ class Kernel:
         self._loop(self._table, start, count)
         return time.perf_counter() - began
 
+    def result(self, index: int) -> NDArray[Any]:
+        """The argument of that number as the first call left it."""
+        found: NDArray[Any] = self.rows[0][index].numpy()
+        return found
+
 
 def load_kernel(cell: Cell) -> Kernel:
     """Load the library and allocate the arguments; nothing has run yet.
@@ -116,14 +122,7 @@ def load_kernel(cell: Cell) -> Kernel:
     import tvm
 
     tile_permission.ask(cell.features)
-    args, _ = tensors.load(Path(cell.args))
-    arrays = [args[str(i)] for i in range(len(args)) if str(i) in args]
-    if len(arrays) != len(args) or len(arrays) != len(cell.roles):
-        raise InputError(f"arguments of {cell.key}", sorted(args), [*map(str, cell.roles)])
-    for index, role in enumerate(cell.roles):
-        if role == "output":
-            poison = np.full(arrays[index].nbytes, _POISON, dtype=np.uint8)
-            arrays[index] = poison.view(arrays[index].dtype).reshape(arrays[index].shape)
+    arrays = arguments(cell)
     weights = [i for i, role in enumerate(cell.roles) if role == "weight"]
     module = tvm.runtime.load_module(cell.library)
     if cell.loop:
@@ -133,14 +132,38 @@ def load_kernel(cell: Cell) -> Kernel:
     return Kernel(module, loop, arrays, weights)
 
 
-def check_kernel(kernel: Kernel, cell: Cell) -> None:
+def arguments(cell: Cell) -> list[NDArray[Any]]:
+    """In order; those that are written hold what no result is. Raises InputError."""
+    args, _ = tensors.load(Path(cell.args))
+    arrays = [args[str(i)] for i in range(len(args)) if str(i) in args]
+    if len(arrays) != len(args) or len(arrays) != len(cell.roles):
+        raise InputError(f"arguments of {cell.key}", sorted(args), [*map(str, cell.roles)])
+    for index, role in enumerate(cell.roles):
+        if role == "output":
+            poison = np.full(arrays[index].nbytes, _POISON, dtype=np.uint8)
+            arrays[index] = poison.view(arrays[index].dtype).reshape(arrays[index].shape)
+    return arrays
+
+
+class Runnable(Protocol):
+    """A loaded kernel, of a CPU or a GPU."""
+
+    def run(self, count: int) -> float:
+        """Seconds that `count` calls take."""
+        ...
+
+    def result(self, index: int) -> NDArray[Any]:
+        """The argument of that number as the first call left it."""
+        ...
+
+
+def check_kernel(kernel: Runnable, cell: Cell) -> None:
     """Run once and compare with the expected outputs. Raises WrongNumbers."""
     kernel.run(1)
     if not cell.expected:
         return
     for name, expected in tensors.load(Path(cell.expected))[0].items():
-        got = kernel.rows[0][int(name)].numpy()
-        reason = difference(got, expected, cell.atol, cell.rtol)
+        reason = difference(kernel.result(int(name)), expected, cell.atol, cell.rtol)
         if reason:
             raise WrongNumbers(f"argument {name}: {reason}")
 
@@ -164,12 +187,14 @@ def difference(got: NDArray[Any], expected: NDArray[Any], atol: float, rtol: flo
     )
 
 
-def plan_copies(weight_bytes: int, l2: int) -> tuple[int, bool]:
+def plan_copies(
+    weight_bytes: int, l2: int, most: int = MAX_COPIES, most_bytes: int = MAX_ROTATED_BYTES
+) -> tuple[int, bool]:
     """How many copies of the weights to rotate, and whether they exceed twice the L2 cache."""
     if weight_bytes == 0:
         return 1, False
     wanted = math.floor(2 * l2 / weight_bytes) + 1
-    copies = max(1, min(wanted, MAX_COPIES, MAX_ROTATED_BYTES // weight_bytes))
+    copies = max(1, min(wanted, most, most_bytes // weight_bytes))
     return copies, copies * weight_bytes > 2 * l2
 
 
@@ -209,15 +234,25 @@ def export_loop(folder: Path, function: str, nargs: int, target: Mapping[str, An
 
 
 def library(source: str, target: Mapping[str, Any]) -> bytes:
-    """The shared library of a TVMScript function. target: TVM's description."""
+    """The shared library of a TVMScript function. target: TVM's description.
+
+    Raises InputError for another kind of machine without its cross compiler.
+    """
     return _library(source, json.dumps(dict(target)))
 
 
 @functools.lru_cache(64)
 def _library(source: str, target: str) -> bytes:
+    described = json.loads(target)
+    made, triple = _compile(source, described), described.get("mtriple", "")
     with tempfile.TemporaryDirectory(prefix="hwmpq-") as folder:
         path = Path(folder) / "loop.so"
-        _compile(source, json.loads(target)).export_library(str(path))
+        if is_foreign(triple):
+            from hwmpq.kernels import guest  # where nothing is compiled, this file goes alone
+
+            guest.link(made, triple, path)
+        else:
+            made.export_library(str(path))
         return path.read_bytes()
 
 

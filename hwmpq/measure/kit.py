@@ -12,13 +12,14 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FILES = (
     "__init__.py", "errors.py", "types.py", "tensors.py", "tile_permission.py",
-    "toolchain.py", "targets.py", "artifact/__init__.py", "artifact/contents.py",
+    "toolchain.py", "targets.py", "launches.py", "artifact/__init__.py", "artifact/contents.py",
+    "artifact/cuda/__init__.py", "artifact/cuda/driver.py", "artifact/cuda/program.py",
     "artifact/folder.py", "artifact/golden.py", "artifact/manifest.py", "artifact/native.py",
-    "artifact/pool.py", "artifact/run.py", "artifact/signature.py", "measure/__init__.py",
-    "measure/environment.py", "measure/frames.py", "measure/gates.py", "measure/kernel.py",
-    "measure/onsite.py", "measure/process.py", "measure/protocol.py", "measure/public.py",
-    "measure/replicate.py", "measure/runner.py", "measure/stats.py", "measure/timing.py",
-    "measure/worker.py",
+    "artifact/pool.py", "artifact/run.py", "artifact/signature.py", "artifact/vm.py",
+    "measure/__init__.py", "measure/cuda.py", "measure/environment.py", "measure/frames.py",
+    "measure/gates.py", "measure/kernel.py", "measure/nvml.py", "measure/onsite.py",
+    "measure/process.py", "measure/protocol.py", "measure/public.py", "measure/replicate.py",
+    "measure/runner.py", "measure/stats.py", "measure/timing.py", "measure/worker.py",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from hwmpq import targets
 from hwmpq.errors import InputError
-from hwmpq.measure import gates
+from hwmpq.measure import cuda, gates
 from hwmpq.measure.environment import conditions, fingerprint, hardware
 
 #: Name of the setting that holds the folder; the folder's name begins so, then comes the process.
@@ -39,6 +39,7 @@ def describe(payload: Mapping[str, Any]) -> dict[str, Any]:
         "hardware": hardware(),
         "conditions": conditions(),
         "features": sorted(targets.host_features()),
+        "gpu": cuda.identity(),
         "busy": gates.is_locked(),
     }
 

@@ -33,8 +33,9 @@ class Cell:
     |got − expected| ≤ atol + rtol·|expected|.
     features: those that its code needs; the worker asks Linux for the ones that want asking.
     loop: the folder of `kernel.export_loop` for it, '' = the worker compiles its loop.
-    kind 'artifact': `path`: its folder; `input`: a file for its `bench_callable`, else its own;
-    `inside`: are the seconds of every kernel call in it wanted too?
+    launches: of a GPU's kernel, whose `library` is machine code: the file of its `Launches`.
+    kind 'artifact': `path`: its folder; `batch`: which of its batch sizes, 0 = the first; `inside`:
+    are the seconds of every kernel call in it wanted too?
     kind 'program': `function`: 'hwmpq.module:name', which makes of `settings` a call without
     arguments and a description.
     """
@@ -48,10 +49,11 @@ class Cell:
     features: tuple[str, ...] = ()
     expected: str = ""
     loop: str = ""
+    launches: str = ""
     atol: float = 0.0
     rtol: float = 0.0
     path: str = ""
-    input: str = ""
+    batch: int = 0
     inside: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,7 +121,7 @@ class CellTiming:
     the session's speed), disturbance (relative standard error that the flags stand for), steal,
     away, pressure (shares of time), switches, noisy, cold, weight_copies, call_overhead_s,
     calibration_ratio, core, seed, denormals, environment, description (of a program), calls_s (of
-    the kernel calls inside an artifact).
+    the kernel calls inside an artifact), gpu (name, driver, clocks and what throttled them).
     """
 
     key: str
@@ -174,8 +176,10 @@ def time_block(
     while waiting:
         place: dict[str, Any] = {}
         request = {"cells": [cell.to_json() for cell in waiting], **protocol.to_json()}
-        compiles = any(cell.kind == "kernel" and not cell.loop for cell in waiting)
-        ready = {"function": "hwmpq.measure.timing:get_ready", "payload": {"compiles": compiles}}
+        on_cpu = [cell for cell in waiting if not cell.launches]
+        compiles = any(cell.kind == "kernel" and not cell.loop for cell in on_cpu)
+        needs = {"compiles": compiles, "on_cpu": bool(on_cpu)}
+        ready = {"function": "hwmpq.measure.timing:get_ready", "payload": needs}
         worker.call("call", ready, START_DEADLINE_S)
         try:
             reply = worker.call("time", request, protocol.deadline_s, _keep(place))

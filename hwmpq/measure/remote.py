@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from hwmpq.artifact.golden import Replay
+from hwmpq.artifact.golden import SAMPLES, Replay
 from hwmpq.devices import Device
 from hwmpq.errors import DeviceError, InputError
 from hwmpq.measure import kit, onsite
@@ -27,10 +27,12 @@ from hwmpq.measure.process import WorkerProcess
 #: The longest silence while a piece of a file is on its way, and its size in bytes.
 TRANSFER_DEADLINE_S = 60.0
 _PIECE_BYTES = 8 << 20
-#: Images that an artifact there gets at once; it has the same deadline for them.
+#: The longest that an artifact may take for one image: under an emulator 10^9 products of fp32
+#: numbers take 6 s, far longer beside other work. And images that it gets at once.
+IMAGE_DEADLINE_S = 60.0
 _PART_IMAGES = 32
 #: Fields of a Cell that name a file or a folder.
-_FILES = ("library", "args", "expected", "loop", "path", "input")
+_FILES = ("library", "launches", "args", "expected", "loop", "path")
 #: Reads the program from stdin, checks it, and hands over. Arguments: its bytes, SHA-256, settings.
 _BOOT = f"""
 import hashlib, os, sys, tempfile, zlib
@@ -101,9 +103,12 @@ class RemoteWorker(WorkerProcess):
         self.device.recognize(name)
         return found
 
-    def _function(self, name: str, payload: Mapping[str, Any]) -> dict[str, Any]:
+    def _function(
+        self, name: str, payload: Mapping[str, Any], deadline_s: float | None = None
+    ) -> dict[str, Any]:
         request = {"function": f"hwmpq.measure.{name}", "payload": payload}
-        return super().call("call", request, TRANSFER_DEADLINE_S)
+        within_s = TRANSFER_DEADLINE_S if deadline_s is None else deadline_s
+        return super().call("call", request, within_s)
 
     def _sent(self, cell: Mapping[str, Any], place: str) -> dict[str, Any]:
         """The cell as the device finds it. Raises InputError for one that cannot go there."""
@@ -157,7 +162,8 @@ class RemoteArtifact:
 
     def replay(self) -> Replay:
         """The golden samples, run there. Raises DeviceError for an answer that cannot be one."""
-        found = self._worker._function("onsite:replay", {"artifact": self._name})
+        request = {"artifact": self._name}
+        found = self._worker._function("onsite:replay", request, SAMPLES * IMAGE_DEADLINE_S)
         try:
             return TypeAdapter(Replay).validate_python(found)
         except ValidationError as error:
@@ -169,7 +175,8 @@ class RemoteArtifact:
         name = f"{self._name}-images"
         self._worker._put(packed.getvalue(), name)
         request = {"artifact": self._name, "images": name}
-        answer = self._worker._function("onsite:outputs", request)
+        deadline_s = len(images) * IMAGE_DEADLINE_S
+        answer = self._worker._function("onsite:outputs", request, deadline_s)
         try:
             data = base64.b64decode(answer["outputs"], validate=True)
             found: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)

@@ -2,9 +2,9 @@
 
     python runner.py [BUNDLE_FOLDER] [RESULT]
 
-needs Python, numpy and TVM's runtime. All files are checked first. The result is written after each
-block of cells, so starting again goes on where it was; with the same bundle on another machine it
-wants another RESULT.
+needs Python, numpy and TVM's runtime; for a GPU its driver instead of TVM. All files are checked
+first. The result is written after each block of cells, so starting again goes on where it was; with
+the same bundle on another machine it wants another RESULT.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hwmpq.errors import HwmpqError, InputError, UnsafeFile
+from hwmpq.measure import cuda
 from hwmpq.measure.environment import conditions, fingerprint, hardware
 from hwmpq.measure.process import WorkerProcess
 from hwmpq.measure.protocol import Cell, Protocol, time_block
@@ -117,9 +118,8 @@ def parse(data: bytes, path: Path) -> dict[str, Any]:
 def _begun(result: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The result so far. Raises InputError for one of another bundle or machine."""
     fresh = {
-        "hwmpq_result": VERSION, "bundle": name, "fingerprint": fingerprint(),
-        "hardware": hardware(), "conditions": conditions(), "manifest": dict(manifest),
-        "timings": {},
+        "hwmpq_result": VERSION, "bundle": name, "conditions": conditions(),
+        "manifest": dict(manifest), "timings": {}, **_machine(manifest),
     }  # fmt: skip
     if not result.exists():
         return fresh
@@ -133,12 +133,19 @@ def _begun(result: Path, manifest: Mapping[str, Any], name: str) -> dict[str, An
     return found
 
 
+def _machine(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What times: the GPU where the kernels are a GPU's. Raises DeviceError where there is none."""
+    if any(item["cell"].get("launches") for item in manifest["cells"]):
+        return {"fingerprint": cuda.fingerprint(), "hardware": cuda.hardware()}
+    return {"fingerprint": fingerprint(), "hardware": hardware()}
+
+
 def _cell(folder: Path, item: Mapping[str, Any]) -> Cell:
     """The cell with the paths that its files have here."""
     cell = Cell.from_json(item["cell"])
     names: dict[str, Any] = {
         field: str(_inside(folder, getattr(cell, field)))
-        for field in ("library", "args", "expected", "loop")
+        for field in ("library", "launches", "args", "expected", "loop")
         if getattr(cell, field)
     }
     return replace(cell, **names)

@@ -80,15 +80,19 @@ def get_ready(payload: Mapping[str, Any]) -> dict[str, Any]:
     """Import TVM and do all that is done once per process; answers who the worker's machine is, its
     conditions, and the doubts about them.
 
-    payload: {"compiles": whether cells will come without their loop}.
+    payload: {"compiles": whether cells will come without their loop, "on_cpu": whether any runs on
+    the CPU; a GPU's need no TVM}.
     """
-    import tvm
+    versions = {}
+    if payload.get("on_cpu", True):
+        import tvm
 
+        versions["tvm"] = tvm.__version__
     if payload.get("compiles"):
         call_overhead_s()
     reference_s()
     now = conditions()
-    return {"fingerprint": fingerprint(), "tvm": tvm.__version__, "doubts": doubts(now), **now}
+    return {"fingerprint": fingerprint(), **versions, "doubts": doubts(now), **now}
 
 
 def run_block(payload: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -130,7 +134,14 @@ def _prepare(cell: Cell, plan: protocol.Protocol, progress: Progress) -> Entry:
     """Load, check before any timing, calibrate."""
     progress({"key": cell.key, "step": "load"})
     runner: Runner
-    if cell.kind == "kernel":
+    if cell.launches:
+        from hwmpq.measure.cuda import CudaKernel
+
+        on_gpu = CudaKernel(cell)
+        progress({"key": cell.key, "step": "check"})
+        check_kernel(on_gpu, cell)
+        runner, quality = on_gpu, on_gpu.quality
+    elif cell.kind == "kernel":
         kernel = load_kernel(cell)
         progress({"key": cell.key, "step": "check"})
         check_kernel(kernel, cell)
@@ -141,8 +152,7 @@ def _prepare(cell: Cell, plan: protocol.Protocol, progress: Progress) -> Entry:
         }
         runner = kernel
     else:
-        function, quality = _load_whole(cell)
-        runner = Calls(function)
+        runner, quality = _load_whole(cell)
         progress({"key": cell.key, "step": "first run"})
         runner.run(1)
         overhead = min(Calls(lambda: None).run(10_000) for _ in range(5)) / 10_000
@@ -153,17 +163,22 @@ def _prepare(cell: Cell, plan: protocol.Protocol, progress: Progress) -> Entry:
     return entry
 
 
-def _load_whole(cell: Cell) -> tuple[Callable[[], object], dict[str, Any]]:
-    """A call of a whole network, ours or another runtime's, and what there is to say of it."""
+def _load_whole(cell: Cell) -> tuple[Runner, dict[str, Any]]:
+    """A whole network, ours or another runtime's, and what there is to say of it."""
     if cell.kind == "program":
         call, description = public_function(cell.function)(cell.settings)
-        return call, {"description": description}
+        return Calls(call), {"description": description}
     from hwmpq.artifact import load  # type: ignore[import-not-found,unused-ignore]
 
     artifact = load(cell.path, threads=int(os.environ["TVM_NUM_THREADS"]))
-    inputs = (cell.input,) if cell.input else ()
-    function: Callable[[], object] = artifact.bench_callable(*inputs)
-    return function, {"calls_s": artifact.call_seconds()} if cell.inside else {}
+    size = cell.batch or None
+    quality = {"calls_s": artifact.call_seconds()} if cell.inside else {}
+    if artifact.on_gpu:
+        from hwmpq.measure.cuda import Watched
+
+        watched = Watched(artifact.gpu_seconds(size))
+        return watched, quality | watched.quality
+    return Calls(artifact.bench_callable(size=size)), quality
 
 
 def _calibrate(entry: Entry, epoch_s: float) -> None:

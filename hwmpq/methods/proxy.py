@@ -12,18 +12,20 @@ The best few by the proxy, the default and some of the others are then judged by
 held-out images, and the best of those is taken; so the result is never worse than the default
 there, and the proxy's rank correlation with the full judgement is known.
 
-Each judged chunk is kept in the store, and the sampler is seeded: a run that was interrupted goes
+Settings are proposed a few at a time, which the workers of --executor judge side by side. Each
+judged chunk is kept in the store, and the sampler is seeded: a run that was interrupted goes
 through the same trials again, but pays only for those it had not finished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from scipy import stats
 
+from hwmpq.methods.elsewhere import holders
 from hwmpq.methods.study import Judged, Setting, Study
 from hwmpq.quantize.ptq import OF_MENU
 from hwmpq.quantize.ranges import Method as Ranges
@@ -34,10 +36,13 @@ if TYPE_CHECKING:
     import optuna
     from torch import Tensor
 
+    from hwmpq.methods.elsewhere import Holders
     from hwmpq.quantize.scores import Batch
 
 #: Settings that the proxy judges, chunks of it, and images of a chunk.
 SETTINGS, CHUNKS, CHUNK = 36, 4, 16
+#: Settings that are proposed together, whoever judges them: workers find what one process finds.
+WAVE = 4
 #: The proxy's loss, as `--loss` names it.
 LOSS = "hwmpq.methods.proxy:root_divergence"
 #: Trials at most, as one may propose a setting again; that one costs nothing.
@@ -48,53 +53,68 @@ BEST, SPREAD = 3, 3
 
 def search(study: Study, plan: Assignment) -> tuple[Setting, dict[str, Any]]:
     """The best setting found for a plan, and how the search went."""
-    found = trials(study, plan)
-    scores = relative(found)
-    whole = {s: score for s, score in scores.items() if len(found[s]) == _chunks(study)}
-    full = {s: study.judge(plan, s) for s in _picked(whole)}
+    with holders(study.job, study.facts.images.holdout) as helpers:
+        found = trials(study, plan, helpers)
+        scores = relative(found)
+        whole = {s: score for s, score in scores.items() if len(found[s]) == _chunks(study)}
+        picked = _picked(whole)
+        full = dict(zip(picked, study.judge_all(plan, picked, helpers=helpers), strict=True))
     best = min(full, key=lambda s: full[s].loss)
     return best, _report(found, scores, full)
 
 
-def trials(study: Study, plan: Assignment) -> dict[Setting, list[Judged]]:
+def trials(
+    study: Study, plan: Assignment, helpers: Holders | None = None
+) -> dict[Setting, list[Judged]]:
     """Setting -> the chunks it was judged on, fewer where it was given up; the default first."""
     import optuna
+    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    found: dict[Setting, list[Judged]] = {}
-
-    def objective(trial: optuna.Trial) -> float:
-        setting = suggested(trial)
-        chunks = found.setdefault(setting, [])
-        for k in range(_chunks(study)):
-            if k == len(chunks):
-                chunks.append(study.judge(plan, setting, k * CHUNK, (k + 1) * CHUNK, LOSS))
-            value = _mean(chunks[: k + 1])
-            trial.report(value, k)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-        return value
-
-    shown = 0
-
-    def after(tuned: optuna.Study, _trial: object) -> None:
-        nonlocal shown
-        advance(len(found) - shown)
-        shown = len(found)
-        if shown == SETTINGS or not study.time_for():
-            tuned.stop()
-
-    sampler = optuna.samplers.TPESampler(seed=study.job.options.seed, n_startup_trials=8)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+    sampler = optuna.samplers.TPESampler(
+        seed=study.job.options.seed, n_startup_trials=8, constant_liar=True
+    )
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=WAVE)
     tuned = optuna.create_study(sampler=sampler, pruner=pruner)
     usual = Setting()
     tuned.enqueue_trial(
         {"ranges": usual.ranges, "search": usual.search}
         | {step: step in usual.steps for step in OF_MENU}
     )
+    found: dict[Setting, list[Judged]] = {}
+    asked = 0
     with study.job.progress.stage("proxy search", SETTINGS) as advance:
-        tuned.optimize(objective, TRIALS, callbacks=[after])
+        while len(found) < SETTINGS and asked < TRIALS and (not found or study.time_for()):
+            wave = [tuned.ask() for _ in range(min(WAVE, SETTINGS - len(found)))]
+            asked += len(wave)
+            before = len(found)
+            for trial, value in _judged(study, plan, wave, found, helpers):
+                state = TrialState.PRUNED if value is None else TrialState.COMPLETE
+                tuned.tell(trial, value, state)
+            advance(len(found) - before)
     return found
+
+
+def _judged(
+    study: Study, plan: Assignment, wave: Sequence[optuna.Trial],
+    found: dict[Setting, list[Judged]], helpers: Holders | None,
+) -> Iterator[tuple[optuna.Trial, float | None]]:  # fmt: skip
+    """Trials with their settings' proxies, chunk by chunk side by side; None where given up."""
+    left = {trial: suggested(trial) for trial in wave}
+    for k in range(_chunks(study)):
+        settings = dict.fromkeys(left.values())
+        new = [s for s in settings if len(found.setdefault(s, [])) == k]
+        part = k * CHUNK, (k + 1) * CHUNK
+        judged = study.judge_all(plan, new, *part, LOSS, helpers)
+        for setting, chunk in zip(new, judged, strict=True):
+            found[setting].append(chunk)
+        for trial, setting in list(left.items()):
+            trial.report(_mean(found[setting][: k + 1]), k)
+            if trial.should_prune():
+                del left[trial]
+                yield trial, None
+    for trial, setting in left.items():
+        yield trial, _mean(found[setting])
 
 
 def relative(found: Mapping[Setting, Sequence[Judged]]) -> dict[Setting, float]:

@@ -7,7 +7,7 @@ float model's on the same images. Each value is kept in the store.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -28,6 +28,7 @@ from hwmpq.stages.verify import float_logits
 from hwmpq.types import Problem, Sensitivity, Solution, digest
 
 if TYPE_CHECKING:
+    from hwmpq.methods.elsewhere import Holders
     from hwmpq.stages.facts import Facts
     from hwmpq.stages.job import Images, Job, Options, Progress
 
@@ -169,18 +170,51 @@ class Study:
 
         loss: another loss than the job's, by name.
         """
+        [found] = self.judge_all(assignment, [setting or Setting()], start, stop, loss)
+        return found
+
+    def judge_all(
+        self, assignment: Mapping[str, str], settings: Sequence[Setting], start: int = 0,
+        stop: int | None = None, loss: str = "", helpers: Holders | None = None,
+    ) -> list[Judged]:  # fmt: skip
+        """As `judge`, in several settings; helpers: workers that run them side by side."""
         loss = loss or self.job.options.loss
         stop = self.images if stop is None else min(stop, self.images)
-        setting = setting or Setting()
-        key = self._key(assignment, setting, start, stop, loss)
-        if key not in self._judged:
-            kept = self.job.store.fact("judged", key)
-            if kept is None:
-                numbers = partial(self.quantizers, setting, assignment)
-                kept = list(self._judge(assignment, numbers, start, stop, loss))
-                self.job.store.put_fact("judged", key, kept)
-            self._judged[key] = Judged(float(kept[0]), stop - start, float(kept[1]))
-        return self._judged[key]
+        keys = {s: self._key(assignment, s, start, stop, loss) for s in settings}
+        for key in keys.values():
+            kept = None if key in self._judged else self.job.store.fact("judged", key)
+            if kept is not None:
+                self._judged[key] = Judged(float(kept[0]), stop - start, float(kept[1]))
+        missing = [s for s, key in keys.items() if key not in self._judged]
+        if helpers is None:
+            found = self._here(assignment, missing, start, stop, loss)
+        else:
+            found = self._elsewhere(assignment, missing, start, stop, loss, helpers)
+        for setting, increase, seconds in found:
+            self.job.store.put_fact("judged", keys[setting], [increase, seconds])
+            self._judged[keys[setting]] = Judged(increase, stop - start, seconds)
+        return [self._judged[keys[s]] for s in settings]
+
+    def _here(
+        self, assignment: Mapping[str, str], settings: Sequence[Setting], start: int, stop: int,
+        loss: str,
+    ) -> Iterator[tuple[Setting, float, float]]:  # fmt: skip
+        """Setting, loss increase and seconds of each."""
+        for setting in settings:
+            numbers = partial(self.quantizers, setting, assignment)
+            yield setting, *self._judge(assignment, numbers, start, stop, loss)
+
+    def _elsewhere(
+        self, assignment: Mapping[str, str], settings: Sequence[Setting], start: int, stop: int,
+        loss: str, helpers: Holders,
+    ) -> Iterator[tuple[Setting, float, float]]:  # fmt: skip
+        """As `_here`; numbers are made here, so they are the same."""
+        began = time.perf_counter()
+        named = {digest([asdict(s), dict(assignment)]): s for s in settings}
+        numbers = {name: partial(self.quantizers, s, assignment) for name, s in named.items()}
+        for name, outputs, seconds in helpers.outputs(assignment, numbers, start, stop):
+            yield named[name], _increase(outputs, self._batch(start, stop), loss), seconds
+        self.spent_s += time.perf_counter() - began
 
     def judge_with(self, assignment: Mapping[str, str], quantizers: Quantizers) -> float:
         """The true loss of a plan with numbers of its own, on the held-out images."""
@@ -206,17 +240,25 @@ class Study:
         stop: int, word: str,
     ) -> tuple[float, float]:  # fmt: skip
         """Loss increase and seconds."""
-        holdout = self.facts.images.holdout
-        if self._reference is None:
-            self._reference = float_logits(self.job, holdout, "held-out images")
+        batch = self._batch(start, stop)
         began = time.perf_counter()
-        part = holdout.subset(np.arange(start, stop))
-        simulator = Simulator(self.job.graph, assignment, numbers())
-        outputs = predict(simulator, part)
-        labels = None if part.labels is None else torch.from_numpy(part.labels)
-        batch = Batch(self._reference[start:stop], labels)
-        loss = find_score("loss", word, LOSSES) if word else default_loss(labels)
-        increase = float((loss(outputs, batch) - loss(batch.reference, batch)).mean())
+        part = self.facts.images.holdout.subset(np.arange(start, stop))
+        outputs = predict(Simulator(self.job.graph, assignment, numbers()), part)
+        increase = _increase(outputs, batch, word)
         seconds = time.perf_counter() - began
         self.spent_s += seconds
         return increase, seconds
+
+    def _batch(self, start: int, stop: int) -> Batch:
+        """Of the held-out images from start to stop."""
+        holdout = self.facts.images.holdout
+        if self._reference is None:
+            self._reference = float_logits(self.job, holdout, "held-out images")
+        labels = None if holdout.labels is None else torch.from_numpy(holdout.labels[start:stop])
+        return Batch(self._reference[start:stop], labels)
+
+
+def _increase(outputs: torch.Tensor, batch: Batch, word: str) -> float:
+    """The mean loss of outputs, less float's. word: the loss by name; '' for the default."""
+    loss = find_score("loss", word, LOSSES) if word else default_loss(batch.labels)
+    return float((loss(outputs, batch) - loss(batch.reference, batch)).mean())

@@ -2,7 +2,8 @@
 
 A file defines `PRECISIONS` and `load(settings) -> (call, description)`: a function without
 arguments that runs the model once on prepared inputs, and what it is, for the report. It is what a
-`Cell` of kind 'program' names, so it runs in the worker, interleaved with our artifacts.
+`Cell` of kind 'program' names, so it runs in the worker, interleaved with our artifacts. Its
+`outputs(settings)` is a function from a batch of the model's own size to the first output for it.
 Nothing here is needed to use hwmpq: the packages come with the extra `bench`.
 """
 

@@ -18,6 +18,29 @@ _PROVIDERS = ["CPUExecutionProvider"]
 
 def load(settings: Mapping[str, Any]) -> tuple[Callable[[], object], dict[str, Any]]:
     """settings: "file" (.onnx), "precision", "threads". Raises InputError."""
+    session = _session(settings)
+    import onnxruntime
+
+    inputs = session.get_inputs()
+    arrays = noise([item.shape for item in inputs])
+    feeds = {item.name: array for item, array in zip(inputs, arrays, strict=True)}
+    description = {"version": onnxruntime.__version__, "precision": settings["precision"]}
+    return lambda: session.run(None, feeds), description
+
+
+def outputs(settings: Mapping[str, Any]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Of a one-input model: the first output for a batch. Raises InputError."""
+    session = _session(settings)
+    (given,) = session.get_inputs()
+
+    def first(batch: NDArray[Any]) -> NDArray[Any]:
+        found: NDArray[Any] = session.run(None, {given.name: batch})[0]
+        return found
+
+    return first
+
+
+def _session(settings: Mapping[str, Any]) -> Any:
     need("onnxruntime")
     import onnxruntime
 
@@ -25,12 +48,7 @@ def load(settings: Mapping[str, Any]) -> tuple[Callable[[], object], dict[str, A
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings["threads"]
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(settings["file"], options, providers=_PROVIDERS)
-    inputs = session.get_inputs()
-    arrays = noise([item.shape for item in inputs])
-    feeds = {item.name: array for item, array in zip(inputs, arrays, strict=True)}
-    description = {"version": onnxruntime.__version__, "precision": settings["precision"]}
-    return lambda: session.run(None, feeds), description
+    return onnxruntime.InferenceSession(settings["file"], options, providers=_PROVIDERS)
 
 
 def quantize(float_file: Path, int8_file: Path, images: NDArray[np.float32]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from numpy.typing import NDArray
+
 from hwmpq.errors import InputError
 from hwmpq.peers import check_precision, need, noise
 
@@ -18,6 +20,29 @@ def load(settings: Mapping[str, Any]) -> tuple[Callable[[], object], dict[str, A
     Raises InputError, also for a precision that this CPU has no instructions for: OpenVINO would
     silently take another one.
     """
+    compiled = _compiled(settings)
+    import openvino
+
+    request = compiled.create_infer_request()
+    arrays = noise([port.shape for port in compiled.inputs])
+    for i, array in enumerate(arrays):
+        request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
+    description = {"version": openvino.__version__, "precision": settings["precision"]}
+    return request.infer, description
+
+
+def outputs(settings: Mapping[str, Any]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Of a one-input model: the first output for a batch. Raises InputError."""
+    compiled = _compiled(settings)
+
+    def first(batch: NDArray[Any]) -> NDArray[Any]:
+        found: NDArray[Any] = compiled(batch)[0]
+        return found
+
+    return first
+
+
+def _compiled(settings: Mapping[str, Any]) -> Any:
     need("openvino")
     import openvino
 
@@ -28,7 +53,7 @@ def load(settings: Mapping[str, Any]) -> tuple[Callable[[], object], dict[str, A
     if precision == "bf16" and "BF16" not in able:
         raise InputError("OpenVINO has no bf16 on this CPU", "bf16", [w for w in PRECISIONS
                          if w != "bf16"])  # fmt: skip
-    compiled = core.compile_model(
+    return core.compile_model(
         core.read_model(settings["file"]),
         "CPU",
         {
@@ -39,9 +64,3 @@ def load(settings: Mapping[str, Any]) -> tuple[Callable[[], object], dict[str, A
             "ENABLE_CPU_PINNING": False,  # the timing protocol pins
         },
     )
-    request = compiled.create_infer_request()
-    arrays = noise([port.shape for port in compiled.inputs])
-    for i, array in enumerate(arrays):
-        request.set_input_tensor(i, openvino.Tensor(array, shared_memory=True))
-    description = {"version": openvino.__version__, "precision": precision}
-    return request.infer, description

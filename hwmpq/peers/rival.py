@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ class Rival:
                 raise InputError(f"no {kind} file of {self.model}", runtime, sorted(self.files))
             settings["file"] = str(self.files[kind])
         return f"hwmpq.peers.{runtime}:load", settings
+
+    def outputs(self, runtime: str, threads: int = 1) -> Callable[[NDArray[Any]], NDArray[Any]]:
+        """The float model of one input as a function from a batch of its own size to the first
+        output for it. Raises InputError, UnknownName."""
+        program, settings = self.program(runtime, threads=threads)
+        module = importlib.import_module(program.partition(":")[0])
+        found: Callable[[NDArray[Any]], NDArray[Any]] = module.outputs(settings)
+        return found
 
 
 def write_files(

@@ -147,11 +147,12 @@ def _budget(result: Entry) -> dict[str, Any] | None:
                             ("predicted", times.get("predicted")))
     }  # fmt: skip
     low, high = ends
+    limit = [("budget", words.seconds(budget), times.get("statistic") or "")] if budget else []
     return {
         **at, "low": round(100 * low / top, 3),
         "width": max(0.4, round(100 * (high - low) / top, 3)),
         "rows": [
-            ("budget", words.seconds(budget), times.get("statistic") or ""),
+            *limit,
             ("measured", words.seconds(measured), words.interval(ends)),
             ("predicted", words.seconds(times.get("predicted")), words.interval(spread)),
         ],
@@ -167,7 +168,10 @@ def _bars(content: Content) -> list[dict[str, Any]]:
         "nbytes": part(result, "nbytes", "weights"),
     }
     peers = {
-        f"{peer.get('name')}, float": {"latency_s": part(peer, "latency_s", "median")}
+        f"{peer.get('name')}, float": {
+            "latency_s": part(peer, "latency_s", "median"),
+            "accuracy": part(peer, "accuracy", "top1"),
+        }
         for peer in content.peers
     }
     every = {"this plan": ours, **(result.get("baselines") or {}), **peers}
@@ -193,14 +197,14 @@ def _plan(plan: Entry) -> dict[str, Any]:
 
 
 def _waterfall(content: Content) -> list[dict[str, Any]]:
-    """The groups with where their bars begin and how long they are, in percent of the whole."""
+    """The groups with where their bars begin and how long they are, in percent of all bars."""
     steps = content.evidence.get("steps") or ()
     found = account.waterfall(steps, part(content.result, "latency_s", "measured"))
     sizes = [
         group["predicted_s"] if group["measured_s"] is None else group["measured_s"]
         for group in found
     ]
-    whole = sum(size for size in sizes if size) or 1.0
+    whole = sum(size for size in sizes if size and size > 0) or 1.0
     return [
         {**group, "left": 100 * max(group["start_s"], 0.0) / whole,
          "width": 100 * max(size or 0.0, 0.0) / whole, "share": 100 * (size or 0.0) / whole}
@@ -270,12 +274,20 @@ def _environment(result: Entry) -> list[tuple[str, str]]:
         ("cores", machine.get("cores")), ("fingerprint", around.get("fingerprint")),
         ("operating system", part(around, "quality", "environment", "kernel")),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
-        ("measured", around.get("date")),
+        ("measured", around.get("date")), ("schedules", _schedules(result)),
     ]  # fmt: skip
     return [
         (name, f"{value:.4g}" if isinstance(value, float) else str(value))
         for name, value in told if value not in (None, "")
     ]  # fmt: skip
+
+
+def _schedules(result: Entry) -> str:
+    """Whether kernels were tuned: times of tuned and untuned ones do not compare."""
+    if "options" not in result:
+        return ""
+    tuned = part(result, "options", "tune")
+    return f"the fastest of {tuned} timed for each cell" if tuned else "by estimate, not tuned"
 
 
 def command(result: Entry) -> str:

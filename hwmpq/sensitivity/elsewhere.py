@@ -35,10 +35,10 @@ PARTS = 4
 PART_VARIANTS, PART_BYTES = 64, 64 * 2**20
 #: Longest time of a part.
 DEADLINE_S = 4 * 3600.0
-_TASK, _CONSTANTS, _QUANTIZERS, _SAMPLES, _OUTPUTS = (
-    "task.json", "constants.safetensors", "quantizers.safetensors", "samples.safetensors",
-    "outputs.safetensors",
+_TASK, _QUANTIZERS, _SAMPLES, _OUTPUTS = (
+    "task.json", "quantizers.safetensors", "samples.safetensors", "outputs.safetensors",
 )  # fmt: skip
+_GRAPH, _CONSTANTS = "graph.json", "constants.safetensors"
 
 
 def shared_out(
@@ -57,7 +57,7 @@ def shared_out(
         given, made = Path(folder) / "task", Path(folder) / "parts"
         write(task, given)
         payloads = [
-            {"reads": str(given), "folder": str(made / str(i)), "cells": part}
+            {"reads": [str(given)], "folder": str(made / str(i)), "cells": part}
             for i, part in enumerate(parts)
         ]
         for i, found in pool.map(f"{__name__}:outputs", payloads, DEADLINE_S):
@@ -93,7 +93,7 @@ def divided(
 def outputs(payload: Mapping[str, Any]) -> dict[str, Any]:
     """A worker's part. reads: a folder of `write`; folder: gets the outputs; cells: the variants,
     whose outputs are named by their place here and by their own."""
-    runs = _held(payload["reads"])
+    runs = _held(*payload["reads"])
     wanted = {tuple((i, j) for i, j in cells): k for k, cells in enumerate(payload["cells"])}
     before, arrays = runs.layer_runs, {}
     for cells, batches in runs.run(runs.schedule(wanted)):
@@ -115,15 +115,10 @@ def write(task: Task, folder: Path) -> None:
     """Files of all that running variants needs. Raises InputError for samples not on the CPU."""
     if task.device.type != "cpu":
         raise InputError("samples for workers", str(task.device), "cpu")
-    graph = task.graph
-    told = {
-        "nodes": [asdict(node) for node in graph.nodes], "inputs": graph.inputs,
-        "outputs": graph.outputs, "tensors": graph.tensors, "layers": task.layers,
-        "formats": task.formats, "batch": task.batch,
-    }  # fmt: skip
     folder.mkdir()
+    write_graph(task.graph, folder)
+    told = {"layers": task.layers, "formats": task.formats, "batch": task.batch}
     (folder / _TASK).write_text(json.dumps(told))
-    tensors.save(folder / _CONSTANTS, graph.constants)
     task.quantizers.save(folder / _QUANTIZERS)
     tensors.save(folder / _SAMPLES, {name: x.numpy() for name, x in task.inputs.items()})
 
@@ -135,14 +130,8 @@ def read(folder: Path) -> Task:
     """
     told = json.loads((folder / _TASK).read_text())
     samples, _ = tensors.load(folder / _SAMPLES)
-    constants, _ = tensors.load(folder / _CONSTANTS)
-    graph = Graph(
-        tuple(told["inputs"]), tuple(told["outputs"]),
-        tuple(Node(**{**node, "inputs": tuple(node["inputs"])}) for node in told["nodes"]),
-        {name: tuple(shape) for name, shape in told["tensors"].items()}, constants,
-    )  # fmt: skip
     return Task(
-        graph=graph,
+        graph=read_graph(folder),
         quantizers=Quantizers.load(folder / _QUANTIZERS),
         inputs={name: torch.tensor(x) for name, x in samples.items()},
         labels=None,
@@ -157,3 +146,24 @@ def read(folder: Path) -> Task:
         seed=0,
         loss=LOSSES["kl"],
     )
+
+
+def write_graph(graph: Graph, folder: Path) -> None:
+    """Its files in the folder."""
+    told = {
+        "nodes": [asdict(node) for node in graph.nodes], "inputs": graph.inputs,
+        "outputs": graph.outputs, "tensors": graph.tensors,
+    }  # fmt: skip
+    (folder / _GRAPH).write_text(json.dumps(told))
+    tensors.save(folder / _CONSTANTS, graph.constants)
+
+
+def read_graph(folder: Path) -> Graph:
+    """What `write_graph` wrote. Raises InputError for other files."""
+    told = json.loads((folder / _GRAPH).read_text())
+    constants, _ = tensors.load(folder / _CONSTANTS)
+    return Graph(
+        tuple(told["inputs"]), tuple(told["outputs"]),
+        tuple(Node(**{**node, "inputs": tuple(node["inputs"])}) for node in told["nodes"]),
+        {name: tuple(shape) for name, shape in told["tensors"].items()}, constants,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 
 from hwmpq import artifact, targets
 from hwmpq.artifact import golden
+from hwmpq.artifact.cuda import driver
 from hwmpq.artifact.folder import is_ours
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import format_named
@@ -53,6 +54,8 @@ def compile_model(
     with opened.store:
         jobs = at_sizes(opened, batch)
         job = jobs[min(jobs)]
+        if system_lib and job.target.gpu:
+            raise InputError(f"--system-lib for target {job.target.name}", None, "a CPU's target")
         chosen, *_ = [checked(one, assignment) for one in jobs.values()]
         numbers, samples = _numbers(job, chosen, quantizers)
         with job.progress.stage("compile", None):
@@ -63,7 +66,8 @@ def compile_model(
             with running(job, out) as loaded:
                 parity = asdict(replayed(loaded))
         else:
-            job.progress.note(f"not run: this machine is none for {job.target.name}")
+            hint = f"; `hwmpq verify {out} --emulated` does" if job.target.gpu else ""
+            job.progress.note(f"not run: this machine is none for {job.target.name}{hint}")
     manifest = artifact.read_manifest(out)
     return {
         "version": 1, "artifact": str(out), "model": options.model, "target": job.target.name,
@@ -75,6 +79,7 @@ def compile_model(
             "peak_memory": manifest["nbytes"]["peak_memory"],
         },
         "parity": parity,
+        **({"machine_code": manifest["machine_code"]} if job.target.gpu else {}),
     }  # fmt: skip
 
 
@@ -98,8 +103,11 @@ def _numbers(
 
 
 def _elsewhere(name: str) -> bool:
-    """Is that a target of another kind of machine?"""
-    return name != "native" and targets.load(name).foreign
+    """Is that a target of another kind of machine, or of a GPU that is not here?"""
+    if name == "native":
+        return False
+    target = targets.load(name)
+    return target.foreign or (target.gpu and not driver.present())
 
 
 def complete(job: Job, assignment: Mapping[str, str]) -> Assignment:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,15 @@ import numpy as np
 from hwmpq import artifact, tensors, toolchain
 from hwmpq.artifact.folder import write_json
 from hwmpq.artifact.golden import SAMPLES, checksum
-from hwmpq.artifact.manifest import GOLDEN, LIBRARY, PARAMETERS
+from hwmpq.artifact.manifest import (
+    CUBIN,
+    GOLDEN,
+    LAUNCHES,
+    LIBRARY,
+    PARAMETERS,
+    TEXT,
+    parts,
+)
 from hwmpq.formats import format_named
 from hwmpq.graph import Graph
 from hwmpq.kernels import Kernel, best
@@ -68,7 +76,8 @@ def make_artifact(
     own = quantizers.only(assignment)
     kernels, built = _compiled(job, assignment, own)
     others = {size: _compiled(other, assignment, own)[1] for size, other in (sizes or {}).items()}
-    parameters, batches = _shared(built, others)
+    own_library = _library(job)
+    parameters, batches = _shared(job, built, others)
     golden, checks = _golden(job.graph, assignment, own, samples, built.calls)
     weight_bytes = model_bytes(job, assignment)
     manifest = {
@@ -83,7 +92,9 @@ def make_artifact(
         "threads": job.options.threads,
         "inputs": [_input(job, name, golden) for name in job.graph.inputs],
         "outputs": [_described(job, name, "output", golden) for name in job.graph.outputs],
+        **({"library": own_library} if own_library != LIBRARY else {}),
         **({"batches": batches} if batches else {}),
+        **({"machine_code": asdict(built.executable.compiled.facts)} if job.target.gpu else {}),
         "assignment": assignment,
         "kernels": {name: _told(k, assignment[name]) for name, k in kernels.items()},
         "calls": list(built.calls),
@@ -94,10 +105,10 @@ def make_artifact(
             "peak_memory": max(one.peak_memory for one in (built, *others.values())),
         },
     }
-    libraries = {LIBRARY: built} | {_library(size): one for size, one in others.items()}
-    writers: dict[str, Callable[[Path], None]] = {
-        name: partial(_export, one, job.target) for name, one in libraries.items()
-    }
+    libraries = {own_library: built} | {_library(job, size): one for size, one in others.items()}
+    writers: dict[str, Callable[[Path], None]] = {}
+    for name, one in libraries.items():
+        writers |= _written(name, one, job.target)
     if system_lib:
         writers[_OBJECTS] = partial(_archive, job, assignment, own)
     artifact.save(
@@ -140,16 +151,34 @@ def _archive(job: Job, assignment: Assignment, own: Quantizers, path: Path) -> N
     archive(built.executable, path, job.target)
 
 
+def _written(name: str, built: lower.Built, target: Target) -> dict[str, Callable[[Path], None]]:
+    """What writes the files of a library."""
+    if not target.gpu:
+        return {name: partial(_export, built, target)}
+    files, network = parts(name), built.executable
+    return {
+        files[CUBIN]: lambda path: _keep(path, network.compiled.cubin),
+        files[TEXT]: lambda path: _keep(path, network.text.encode()),
+        files[LAUNCHES]: lambda path: write_json(path, network.launches.to_json()),
+    }
+
+
 def _export(built: lower.Built, target: Target, path: Path) -> None:
     export(built.executable, path, target)
 
 
-def _library(size: int) -> str:
-    return f"model.{size}.so"
+def _keep(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _library(job: Job, size: int | None = None) -> str:
+    """size: of a further batch."""
+    stem = "model" if size is None else f"model.{size}"
+    return stem + (CUBIN if job.target.gpu else Path(LIBRARY).suffix)
 
 
 def _shared(
-    first: lower.Built, others: Mapping[int, lower.Built]
+    job: Job, first: lower.Built, others: Mapping[int, lower.Built]
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """All parameters by name, and the manifest's entries of the further batch sizes.
 
@@ -162,7 +191,7 @@ def _shared(
             same = name in arrays and _equal(arrays[name], array)
             names.append(name if same else f"{name}@{size}")
             arrays[names[-1]] = array
-        batches.append({"size": size, "library": _library(size), "parameters": names})
+        batches.append({"size": size, "library": _library(job, size), "parameters": names})
     return arrays, batches
 
 

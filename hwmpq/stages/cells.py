@@ -202,10 +202,11 @@ class Builder:
         return built
 
     def _cell(self, key: str, answer: Mapping[str, Any], folder: Path) -> Cell:
-        names = ("library", "args", "expected", "atol", "rtol")
+        names = {"library", "launches", "args", "expected", "atol", "rtol"}
         roles, features = (tuple(answer.get(name, ())) for name in ("roles", "features"))
-        cell = Cell(key, roles=roles, features=features, **{n: answer[n] for n in names})
-        if not self.with_loop:
+        given = {name: answer[name] for name in names & answer.keys()}
+        cell = Cell(key, roles=roles, features=features, **given)
+        if cell.launches or not self.with_loop:
             return cell
         export_loop(folder / "loop", cell.function, len(roles), self.job.target.tvm)
         return replace(cell, loop=str(folder / "loop"))

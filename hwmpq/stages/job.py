@@ -32,9 +32,9 @@ JURY = 1024
 PTQ = ("bias",)
 
 _ON_A_GPU = (
-    "Times need such a GPU: run this there, describe that machine in {1} and give --device, or pack "
-    "the kernels with `hwmpq profile MODEL --target {0} --bundle out.tar`. `hwmpq compile` needs "
-    "none, and `hwmpq verify ARTIFACT --emulated` runs what it makes on this CPU."
+    "Times need such a GPU: run this there, describe that machine in {1} and give --device, or "
+    "pack the kernels with `hwmpq profile MODEL --target {0} --bundle out.tar`. `hwmpq compile` "
+    "needs none, and `hwmpq verify ARTIFACT --emulated` runs what it makes on this CPU."
 )
 IndexArray = NDArray[np.intp]
 
@@ -212,6 +212,8 @@ def open_job(
     check_options(options)
     device = devices.load(options.device)
     target = _target(options.target, device)
+    if target.gpu and options.threads > 1:
+        raise InputError(f"--threads for target {target.name}", options.threads, "1, of the CPU")
     estimated = here and timed and _estimated(options, device, target)
     if estimated:
         machine = static_model.identity(target)

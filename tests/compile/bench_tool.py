@@ -1,17 +1,15 @@
-"""The programs of tools/bench, as modules."""
+"""The programs of tools and tools/bench, as modules."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
-_FOLDER = Path(__file__).resolve().parents[2] / "tools/bench"
+_TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path += [str(_TOOLS), str(_TOOLS / "bench")]  # last: nothing of theirs hides a package
 
 
 def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)

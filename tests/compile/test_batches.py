@@ -16,6 +16,8 @@ from made_artifact import Two
 
 from hwmpq import artifact, tensors
 from hwmpq.artifact.manifest import interface
+from hwmpq.cli.against import Against
+from hwmpq.cli.artifact_bench import bench_artifact
 from hwmpq.errors import InputError
 from hwmpq.quantize.simulate import Simulator
 from hwmpq.quantizers import Quantizers
@@ -51,10 +53,21 @@ def test_every_row_is_that_of_one_sample(made: Path) -> None:
     for count in (9, 4):
         assert np.array_equal(net.run_samples(x[:count]), want[:count])
     net.bench_callable(x[:5])()
+    net.bench_callable(size=2)()
     with pytest.raises(InputError, match=r"allowed: float32 \[1, 1, 16, 16\] or \[2, 1, 16, 16\]"):
         net(x[:3])
     with pytest.raises(InputError, match=r"got float32 \[2, .*allowed: float32 \[1, 1, 16, 16\]$"):
         net.trace(x[:2])
+
+
+def test_every_size_is_timed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the float model at that size."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    found = bench_artifact(str(made), rounds=2, against=Against("torch", "tiny_job:tiny")).json
+    batches = [found, *found["batches"]]
+    assert [batch["batch"] for batch in batches] == [1, 2, 5]
+    assert len({batch["latency_s"]["median"] for batch in batches}) == 3
+    assert all(batch["against"]["latency_s"]["median"] > 0 for batch in batches)
 
 
 def test_sizes_share_what_is_packed_alike(made: Path) -> None:

@@ -182,6 +182,7 @@ def test_bench(cli: Run, artifact: Path) -> None:
     assert told["threads"] == 1 and told["target"] and "noisy" in told["quality"]
     assert set(told["start_up_s"]) == {"import_tvm", "load", "first_call"}
     assert min(told["start_up_s"].values()) > 0, told["start_up_s"]
+    assert told["batch"] == 1 and told["batches"] == [] and "accuracy" not in told
     first, last = told["sustained"]
     assert first["begin_s"] < 0.2 <= last["begin_s"] and first["latency_s"]["samples"] >= 10
     assert {"begin_s", "latency_s", "temperature_c"} == set(last) and len(err.splitlines()) == 2
@@ -192,11 +193,15 @@ def test_bench_against(cli: Run, artifact: Path) -> None:
     for runtime in ("torch", "onnxruntime"):
         pytest.importorskip(runtime, reason="the extra `bench` is not installed")
         code, out, err = cli(
-            "bench", artifact, "--rounds", 6, "--against", runtime, "zoo:digits_cnn", "--json"
-        )
+            "bench", artifact, "--rounds", 6, "--against", runtime, "zoo:digits_cnn",
+            "--data", "digits", "--eval", 30, "--json",
+        )  # fmt: skip
         assert code == 0, err
-        found = json.loads(out)["against"]
+        told = json.loads(out)
+        found = told["against"]
         low, high = found["interval"]
+        assert min(told["accuracy"]["top1"], found["accuracy"]["top1"]) > 90
+        assert found["accuracy"]["n"] == 30 and found["accuracy"]["agreement"] > 95
         assert found["latency_s"]["median"] > 0 and low <= found["ratio"] <= high
         assert found["description"]["precision"] == "fp32"
     code, out, _ = cli("bench", artifact, "--against", "tensorflow", "x", "--json")

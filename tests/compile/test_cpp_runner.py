@@ -99,6 +99,13 @@ def test_it_computes_the_same(runner: Path, tmp_path: Path) -> None:
     assert failed.returncode == 2 and "768 are expected" in failed.stderr
 
 
+def test_it_says_that_it_takes_none_for_a_gpu(runner: Path, tmp_path: Path) -> None:
+    manifest = json.loads((KEPT / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"library": "model.cubin"}))
+    refused = subprocess.run([runner, "check", tmp_path], capture_output=True, text=True)
+    assert refused.returncode == 2 and "an artifact for a GPU" in refused.stdout
+
+
 @needs_avx2
 @pytest.mark.parametrize("required", [None, PUBLIC], ids=["unsigned", "signed"])
 def test_it_refuses_the_same(runner: Path, required: Path | None) -> None:

@@ -16,6 +16,7 @@ from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.cuda import check as gpu
 from hwmpq.kernels.cuda import compiler, emulate, source
 from hwmpq.kernels.glue import GlueCall, Operand
+from hwmpq.launches import Launch
 from hwmpq.requantize import Quantizer
 from hwmpq.types import Workload
 
@@ -104,7 +105,8 @@ def test_spills_and_missing_tensor_cores_are_found() -> None:
 def test_the_emulator_sees_forgotten_waits(body: str, ended: str) -> None:
     head = 'extern "C" __global__ void __launch_bounds__(64) k(int* __restrict__ x_ptr)'
     x = np.array([7, 0], np.int32)
-    assert emulate.run(f"{head} {{ {body} }}", source.Launch((1, 1), 0), {"x": x}) == ended
+    launch = Launch("k", (1, 1), 64, 0, (0,), 0, 2, "int32")
+    assert emulate.run(f"{head} {{ {body} }}", launch, [x]) == ended
     assert ended or x.tolist() == [7, 7]
 
 

@@ -1,8 +1,9 @@
 """README and docs: commands exist, data parses, code runs.
 
 Every fenced block with a language is tested. `<!-- slow: WHY -->` before it: it runs only with
-HWMPQ_SLOW_DOCS=1, page by page from the top, in one folder per page; `<!-- not run: WHY -->`: it
-needs what no test has. Both are listed as skips with their reason; their commands are still parsed.
+HWMPQ_SLOW_DOCS=1, page by page from the top, in one folder per page, which is a clone of the last
+commit where the page begins with `make demo`; `<!-- not run: WHY -->`: it needs what no test has.
+Both are listed as skips with their reason; their commands are still parsed.
 """
 
 from __future__ import annotations
@@ -135,24 +136,60 @@ def test_a_page_from_top_to_bottom(page: str, steps: list[Block], tmp_path: Path
     if os.environ.get("HWMPQ_SLOW_DOCS") != "1":
         told = [f"{step.line} {step.when}: {step.why}" for step in steps if step.when]
         pytest.skip(f"set HWMPQ_SLOW_DOCS=1 to run it; {'; '.join(told) or 'nothing slow'}")
-    for name in ("tools", "examples", "Makefile"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    folder = place(tmp_path, newcomer=any("$ make demo" in step.text for step in steps))
+    paths = [folder / ".venv/bin", Path(sys.executable).parent, os.environ["PATH"]]
+    env = {**os.environ, "PATH": ":".join(map(str, paths))}
     for step in steps:
         if step.title:
-            (tmp_path / step.title).write_text(step.text)
-        if step.when == "not run" or "$ make demo" in step.text:  # of an environment of its own
+            (folder / step.title).write_text(step.text)
+        if step.when == "not run":
             continue
         if step.language == "console":
             program = ["bash", "-euc", "\n".join(step.commands)]
         elif step.language == "python":
-            program = [sys.executable, "-c", step.text]
+            program = ["python", "-c", step.text]
         else:
             continue
-        done = subprocess.run(program, cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{step}\n{done.stdout}{done.stderr}"
 
 
+def place(folder: Path, newcomer: bool) -> Path:
+    """Where a page is followed: a fresh clone, whose environment is made on the way, or a folder
+    beside this one's."""
+    if newcomer:
+        subprocess.run(["git", "clone", "--quiet", ROOT, folder / "clone"], check=True)
+        return folder / "clone"
+    for name in ("tools", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
 def test_results_page_is_what_the_files_say() -> None:
-    made = bench_tool.load("../results_page").page(ROOT / "docs/results")
+    made = bench_tool.load("results_page").page(ROOT / "docs/results")
     assert (ROOT / "docs/results.md").read_text(encoding="utf-8") == made
+
+
+def test_what_a_bench_leaves_becomes_a_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, results = bench_tool.load("record"), bench_tool.load("results_page")
+    file = tmp_path / "threads.json"
+    words = ["/home/me/art", "--model=npz:/data/x.npz#test", "--calls", "9", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["/src/tools/bench/threads.py", *words])
+    told = {"calls": 9, "seconds": {"1 thread": 0.123456, "8": [1, 2.0]}, "either": "a|b"}
+    table = record.quantities(told)
+    record.show(table)
+    assert "1 thread 0.1235, 8 1, 2" in capsys.readouterr().out
+    record.write(file, table)
+    (tmp_path / "page.toml").write_text(
+        '[[section]]\ntitle = "Threads"\nrecords = ["threads"]\nabout = "Eight."'
+    )
+    made = results.page(tmp_path)
+    assert "## Threads\n\nEight.\n\n`python tools/bench/threads.py art " in made
+    assert "art '--model=npz:x.npz#test' --calls 9`, 20" in made
+    assert "| calls | 9 |\n| seconds | 1 thread 0.1235, 8 1, 2 |\n| either | a\\|b |" in made
+    (tmp_path / "lost.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no section of page.toml shows \['lost'\]"):
+        results.page(tmp_path)

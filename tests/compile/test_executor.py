@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,6 +191,27 @@ def test_an_actor_gives_back_what_an_item_wrote(tmp_path: Path) -> None:
         return {"result": {"library": str(folder / "a.so"), "seconds": 1.0}}
 
     request = {"op": "call", "payload": {"function": "f", "payload": {"folder": str(there)}}}
-    reply, files = executor._Actor(writes).call(request, None)
+    reply, files = executor._Actor(writes).call(request, {})
     assert reply == {"result": {"library": str(there / "a.so"), "seconds": 1.0}}
     assert files == {"a.so": b"code"}
+
+
+def test_an_actor_fetches_a_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+
+    def get(reference: str) -> dict[str, bytes]:
+        fetched.append(reference)
+        return {"a.txt": reference.encode()}
+
+    def reads(request: Any, _: object) -> dict[str, Any]:
+        folders = request["payload"]["payload"]["reads"]
+        return {"result": {"texts": [(Path(name) / "a.txt").read_text() for name in folders]}}
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    actor = executor._Actor(reads)
+    request = {"op": "call", "payload": {"function": "f", "payload": {"reads": ["/1", "/2"]}}}
+    for _ in range(2):
+        reply, files = actor.call(request, {"/1": ["one"], "/2": ["two"]})
+        assert reply == {"result": {"texts": ["one", "two"]}} and files == {}
+    assert fetched == ["one", "two"]

@@ -412,7 +412,8 @@ def test_a_core_is_shared_where_the_same_work_takes_longer(monkeypatch: pytest.M
 def test_artifact_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """An artifact is anything with bench_callable(); the Python loop calls it as often as asked."""
     calls: list[int] = []
-    monkeypatch.setattr(timing, "_load_whole", lambda cell: (lambda: calls.append(1), {}))
+    whole = timing.Calls(lambda: calls.append(1))
+    monkeypatch.setattr(timing, "_load_whole", lambda cell: (whole, {}))
     monkeypatch.setenv("TVM_NUM_THREADS", "1")
     payload = {"cells": [{"key": "a", "kind": "artifact", "path": "x"}], **QUICK.to_json()}
     notes: list[Mapping[str, Any]] = []

@@ -19,6 +19,7 @@ from hwmpq.errors import InfeasibleError, InputError, UnknownName
 from hwmpq.formats import format_named
 from hwmpq.measure.store import Store
 from hwmpq.methods import lcpaq, proxy
+from hwmpq.methods.elsewhere import holders
 from hwmpq.methods.nearby import neighbours
 from hwmpq.methods.study import Judged, Setting, Study
 from hwmpq.search import solve
@@ -155,7 +156,7 @@ def test_auto_is_never_worse_than_any_estimator_alone(job: Job, facts: Facts) ->
     losses = found.told["candidates"]
     assert len(losses) > 1 and next(iter(losses)) == "output-error"
     assert found.told["measured_loss"] <= min(losses.values())
-    for name in ("output-error", "weight-error", "clado-gn"):
+    for name in ("output-error", "measured", "weight-error", "clado-gn"):
         alone, same = posed(job, facts, sensitivity=name)
         single = methods.choose(alone, same)
         assert "candidates" not in single.told
@@ -309,6 +310,25 @@ def test_an_interrupted_proxy_search_goes_on(
     assert {k: again[k] for k in same} == {k: report[k] for k in same}
     assert resumed > 0 and report["image_passes"] < report["full_search_image_passes"]
     assert -1 <= report["spearman"] <= 1 and report["seconds"] > 0
+
+
+def test_workers_judge_settings_alike(
+    job: Job, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, problem = posed(job, facts, method="lcpaq")
+    plan = choice_of(problem, np.full(LAYERS, FORMATS.index("w4a8")))
+    monkeypatch.setattr(proxy, "SETTINGS", 5)
+    found = []
+    for word in ("serial", "processes:1"):
+        options = replace(study.job.options, executor=word)
+        own = replace(study.job, options=options, store=Store.open(tmp_path / f"{len(found)}.db"))
+        with own.store, holders(own, facts.images.holdout) as helpers:
+            assert (helpers is None) == (word == "serial")
+            tried = proxy.trials(Study(own, facts), plan, helpers)
+            whole = Study(own, facts).judge_all(plan, list(tried)[:2], helpers=helpers)
+        found.append([[c.loss for c in chunks] for chunks in tried.values()])
+        found[-1].append([judged.loss for judged in whole])
+    assert len(found[0]) == 6 and found[0] == found[1]
 
 
 def test_the_best_setting_is_not_worse_than_the_default(job: Job, facts: Facts) -> None:

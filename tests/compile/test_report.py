@@ -132,7 +132,8 @@ def test_the_page_shows_what_the_result_says(tmp_path: Path, content: Content) -
         "layer1.conv", "conv2d.avx2_madd16.s8", "no kernel decodes it", "15.0 µs", "40.0 µs",
         "1.34× as fast as torch eager", "56.6 kB", "apache-tvm 0.27", "A CPU", "14.0 µs",
         "re-encoding between formats", "outside of kernels 1.94 ms", "w8a8 75 %",
-        "too few quiet epochs", "hwmpq quantize zoo:digits_cnn --data digits --latency 2.1ms",
+        "by estimate, not tuned", "too few quiet epochs",
+        "hwmpq quantize zoo:digits_cnn --data digits --latency 2.1ms",
     ):  # fmt: skip
         assert word in text, word
     assert text.index("Met:") < text.index("Budget and measurement")
@@ -179,6 +180,21 @@ def test_small_results_make_a_page_too(tmp_path: Path) -> None:
         for kind in report.KINDS:
             report.write(Content({"version": 1, "status": status}), path.with_suffix(f".{kind}"))
         assert "None" not in page(path).text
+
+
+def test_calls_may_take_longer_than_the_run(tmp_path: Path, content: Content) -> None:
+    """Disturbed while they were timed one by one: no bar leaves the page, and it is said."""
+    steps = [{**step, "measured_s": 1e-3} for step in content.evidence["steps"]]
+    report.write(
+        replace(content, evidence={**content.evidence, "steps": steps}), tmp_path / "r.html"
+    )
+    found = page(tmp_path / "r.html")
+    styles = [attributes.get("style") or "" for _, attributes in found.tags]
+    places = [re.fullmatch(r"left:([\d.]+)%;width:([\d.]+)%", style) for style in styles]
+    bars = [(float(place[1]), float(place[2])) for place in places if place]
+    assert len(bars) >= 4 and all(left + width < 100.1 for left, width in bars)
+    text = " ".join(found.text.split())
+    assert "outside of kernels -1.02 ms" in text and "It is below zero here" in text
 
 
 def test_markdown_keeps_its_tables(tmp_path: Path, content: Content) -> None:
@@ -261,12 +277,13 @@ def test_read_takes_what_lies_beside_the_result(tmp_path: Path, content: Content
     assert [item["name"] for item in found.rows] == ["x"] and len(found.frontier) == 5
     assert found.evidence == content.evidence
     (tmp_path / "bench.json").write_text(
-        '{"against": {"name": "onnxruntime", "latency_s": '
+        '{"against": {"name": "onnxruntime", "accuracy": {"top1": 71.25}, "latency_s": '
         '{"median": 0.003, "interval": [0.0029, 0.0031]}}}'
     )
     with_peer = report.with_peers(found, [tmp_path / "bench.json"])
     report.write(with_peer, tmp_path / "report.html")
-    assert "onnxruntime, float 3.00 ms" in " ".join(page(tmp_path / "report.html").text.split())
+    text = " ".join(page(tmp_path / "report.html").text.split())
+    assert "onnxruntime, float 3.00 ms · 71.25 %" in text
     with pytest.raises(InputError, match="tells of no other runtime"):
         report.with_peers(found, [path])
 

@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hwmpq import tensors
+from hwmpq import targets, tensors
 from hwmpq.devices import Device
 from hwmpq.errors import DeviceError, InputError
-from hwmpq.measure import fingerprint, probe
+from hwmpq.kernels import guest
+from hwmpq.measure import emulated, fingerprint, probe
 from hwmpq.measure.protocol import Cell, Protocol, time_block
+from hwmpq.measure.remote import RemoteArtifact
 from hwmpq.measure.rpc import pool as pools
 from hwmpq.measure.rpc import server as servers
 from hwmpq.measure.rpc import wire
@@ -219,6 +221,24 @@ def test_a_server_that_computes_wrongly_is_not_used(
         worker = PoolWorker(device(address=at(server), python=sys.executable), patience_s=0)
         with worker, pytest.raises(DeviceError, match="probe failed: wrong numbers: argument 2"):
             worker.describe()
+
+
+def test_the_python_of_an_emulated_chip_behind_the_tracker(
+    tracker: wire.Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is leased, times the probe by a loop that was compiled for it, and runs no newer code."""
+    target = targets.load("arm-cortex-a72")
+    if not target.foreign or guest.missing(target) or not emulated.place().is_dir():
+        pytest.skip("no emulated machine: run hwmpq devices setup arm-emulated")
+    monkeypatch.setattr(pools, "CONNECT_S", 60.0)
+    chip = replace(
+        emulated.device("boards", target), transport="rpc", tracker=f"{tracker[0]}:{tracker[1]}",
+        key="a72", emulated=False,
+    )  # fmt: skip
+    with serving(Server("a72", tracker=tracker)), PoolWorker(chip) as worker:
+        newer = RemoteArtifact(worker, ROOT / "tests/golden/artifact-arm")
+        with pytest.raises(DeviceError, match=r"cannot run .* for arm-cortex-a76.*asimddp"):
+            newer.replay()
 
 
 def test_a_stock_server_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_tensors_lie_where_they_lay(folder: Path) -> None:
     program, inputs = loaded._prepared([torch.zeros(1, 1, 16, 16).numpy()])
     machine = program.machine()
     machine.set_instrument(after)
-    machine.set_input("main", *inputs, *program.parameters)
+    machine.set_input("main", *program.tensors(inputs), *program.parameters)
     for _ in range(5):
         places.append([])
         machine.invoke_stateful("main")

@@ -22,6 +22,7 @@ from hwmpq.frontend.relax_import import annotate
 from hwmpq.frontend.torch_export import trace
 from hwmpq.graph import Graph
 from hwmpq.quantize.calibrate import calibrate
+from hwmpq.quantize.interpret import evaluate
 from hwmpq.quantize.simulate import Simulator
 
 
@@ -69,6 +70,124 @@ def test_the_onnx_front_end(case: tuple[nn.Module, torch.Tensor, Graph], checkou
             y, want, real = run(image.numpy()), simulated(image)[0].numpy(), model(image).numpy()
             np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
             assert np.abs(y - real).max() <= 2 * np.abs(want - real).max() + 1e-5
+
+
+class Padded(nn.Module):
+    """Zeros around the channels, as in a shortcut of ResNet-20, and a constant beside a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.token = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(1, 16, 1, 13))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = nn.functional.pad(self.conv(x), (0, 0, 0, 0, 3, 5))
+        return torch.cat([self.token, wide], 2)
+
+
+def test_what_the_onnx_front_end_makes_of_zeros_and_constants() -> None:
+    """It writes a padding as a loop of its own."""
+    x = torch.randn(1, 3, 11, 13)
+    graph = trace(Padded().eval(), (x,))
+    found = lower.graph_of(annotate()(from_onnx(onnx_model(graph))))
+    assert [node.op for node in found.nodes] == ["conv2d", "pad", "constant", "concat"]
+    (value,) = evaluate(found, {found.inputs[0]: x}).values()
+    (want,) = evaluate(graph, {graph.inputs[0]: x}).values()
+    torch.testing.assert_close(value, want)
+
+
+class Beside(nn.Module):
+    """What a TFLite file has in NHWC: a clamp, a depthwise one, a sum, a pad, a concat, a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.point, self.wide = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(14, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.relu6(self.stem(x))
+        x = torch.relu(self.point(torch.relu(self.deep(x))) + x)
+        x = torch.cat([self.wide(nn.functional.pad(x, (1, 1, 1, 1))), x], 1)
+        return self.head(nn.functional.max_pool2d(x, 2).mean((2, 3)))
+
+
+def in_tflite(model: Beside) -> Any:
+    """The module on [1, 11, 13, 3] as a TFLite file."""
+    from tflite import ActivationFunctionType as Act
+    from tflite import Padding
+    from tflite_file import File
+
+    file, same = File(), {"Padding": Padding.SAME, "StrideH": 1, "StrideW": 1}
+
+    def weights(name: str, axes: tuple[int, ...]) -> list[str]:
+        layer = model.get_submodule(name)
+        parts = {f"{name}.weight": layer.weight.permute(axes), f"{name}.bias": layer.bias}
+        return [file.constant(k, v.detach().numpy()) for k, v in parts.items()]
+
+    normal, deep = (0, 2, 3, 1), (1, 2, 3, 0)
+    x, middle = file.tensor("x", (1, 11, 13, 3)), (1, 6, 7, 8)
+    for name, like in {
+        "stem": middle, "deep": middle, "point": middle, "sum": middle, "pad": (1, 8, 9, 8),
+        "wide": (1, 6, 7, 6), "cat": (1, 6, 7, 14), "pool": (1, 3, 3, 14), "mean": (1, 14),
+        "head": (1, 5),
+    }.items():  # fmt: skip
+        file.tensor(name, like)
+    two = {"Padding": Padding.SAME, "StrideH": 2, "StrideW": 2}
+    act = "FusedActivationFunction"
+    file.apply("conv", [x, *weights("stem", normal)], "stem", **two, **{act: Act.RELU6})
+    file.apply(
+        "depthwise", ["stem", *weights("deep", deep)], "deep", DepthMultiplier=1, **same,
+        **{act: Act.RELU},
+    )  # fmt: skip
+    file.apply("conv", ["deep", *weights("point", normal)], "point", **same)
+    file.apply("add", ["point", "stem"], "sum", **{act: Act.RELU})
+    around = file.constant("around", np.array([[0, 0], [1, 1], [1, 1], [0, 0]], np.int32))
+    file.apply("pad", ["sum", around], "pad")
+    valid = {**same, "Padding": Padding.VALID}
+    file.apply("conv", ["pad", *weights("wide", normal)], "wide", **valid)
+    file.apply("concat", ["wide", "sum"], "cat", Axis=3)
+    pool = {**two, "Padding": Padding.VALID, "FilterHeight": 2, "FilterWidth": 2}
+    file.apply("max_pool", ["cat"], "pool", **pool)
+    axes = file.constant("axes", np.array([1, 2], np.int32))
+    file.apply("mean", ["pool", axes], "mean", KeepDims=0)
+    file.apply("linear", ["mean", *weights("head", (0, 1))], "head")
+    return file.model([x], ["head"])
+
+
+def test_the_tflite_front_end(checkout: Path) -> None:
+    """In NHWC: the layers of the NCHW model, fused and named alike, and one change of layout."""
+    pytest.importorskip("tflite", reason="the package tflite is not installed")
+    from tvm.relax.frontend.tflite import from_tflite
+
+    torch.manual_seed(0)
+    model, x = Beside().eval(), torch.randn(4, 3, 11, 13)
+    graph, file, made = trace(model, (x[:1],)), in_tflite(model), example("from_tflite", checkout)
+    found = lower.graph_of(annotate(made["constants"](file))(from_tflite(file)))
+    assert [n.op for n in found.nodes] == ["rearrange", *(n.op for n in graph.nodes)]
+    for mine, other in zip(found.layers, graph.layers, strict=True):
+        assert (mine.name, mine.op) == (other.name, other.op)
+        assert mine.attrs["act"] == other.attrs["act"] and len(mine.inputs) == len(other.inputs)
+    images = x.permute(0, 2, 3, 1).contiguous().numpy()
+    run = made["quantized"](file, images)
+    numbers = calibrate(graph, list(x.split(1)), ["w8a8"], steps=["bias"])
+    simulated = Simulator(graph, {n.name: "w8a8" for n in graph.layers}, numbers)
+    for image, same in zip(x.split(1), images, strict=True):
+        want = simulated(image)[0].numpy()
+        np.testing.assert_allclose(run(same[None]), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_global_pool_in_either_layout() -> None:
+    for layout, axes in (("NCHW", [1, 3]), ("NHWC", [1, 5])):
+        x = relax.Var("x", relax.TensorType((1, 3, 4, 5), "float32"))
+        builder = relax.BlockBuilder()
+        with builder.function("main", [x]):
+            with builder.dataflow():
+                pooled = relax.op.nn.adaptive_avg_pool2d(x, (1, 1), layout=layout)
+                out = builder.emit_output(builder.emit(pooled))
+            builder.emit_func_output(out)
+        graph = lower.graph_of(annotate()(builder.get()))
+        (mean,) = (node for node in graph.nodes if node.op == "mean")
+        assert list(graph.tensors[mean.name][:2]) == axes
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of TVM's own use of torch

@@ -43,7 +43,7 @@ class Rule:
     inside: frozenset[str] = frozenset()
 
 
-COMMON = words("types errors graph toolchain tensors tile_permission toml_text")
+COMMON = words("types errors graph toolchain tensors tile_permission toml_text launches")
 NUMBERS = words("formats storage requantize quantizers resolve")
 FOUNDATION = COMMON | NUMBERS | words("targets devices data executor")
 KERNELS = FOUNDATION | {"kernels"}
@@ -61,6 +61,7 @@ RULES = {
     "toolchain": Rule(words("types errors")),
     "tile_permission": Rule(words("errors")),
     "tensors": Rule(words("types errors")),
+    "launches": Rule(words("errors")),
     "toml_text": Rule(words("")),
     "storage": Rule(COMMON),
     "formats": Rule(COMMON, inside=words("torch")),

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import record
 
 from hwmpq.measure import WorkerProcess
 from hwmpq.stages.bench import Bench, Clock
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", default="native")
     parser.add_argument("--store")
+    record.option(parser)
     words = parser.parse_args()
     options = Options(
         words.model, weights=words.weights, calib_data=words.calib_data, target=words.target,
@@ -71,25 +73,15 @@ def main() -> None:
               f"{predicted / measured:6.3f}", file=sys.stderr)  # fmt: skip
     random = [r for r in rows if str(r["plan"]).startswith("random")]
     errors = np.array([abs(r["predicted_s"] / r["measured_s"] - 1) for r in random])
-    print(
-        json.dumps(
-            {
-                "model": words.model,
-                "target": job.target.name,
-                "overhead_s": latency.overhead_s,
-                "speed": latency.speed,
-                "inside": len(latency.inside),
-                "residual": latency.residual,
-                "worst_error": float(errors.max()),
-                "median_error": float(np.median(errors)),
-                "within_10_percent": int((errors <= 0.10).sum()),
-                "within_residual": int((errors <= latency.residual).sum()),
-                "plans": len(random),
-                "rows": rows,
-            },
-            indent=1,
-        )
-    )
+    told = {
+        "model": words.model, "target": job.target.name, "overhead_s": latency.overhead_s,
+        "speed": latency.speed, "inside": len(latency.inside), "residual": latency.residual,
+        "worst_error": float(errors.max()), "median_error": float(np.median(errors)),
+        "within_10_percent": int((errors <= 0.10).sum()),
+        "within_residual": int((errors <= latency.residual).sum()), "plans": len(random),
+    }  # fmt: skip
+    print(json.dumps({**told, "rows": rows}, indent=1))
+    record.write(words.json, record.quantities(told), rows=rows)
 
 
 if __name__ == "__main__":

@@ -4,23 +4,24 @@
 
 A linear layer of size × size × size, as it is shipped: biases, requantization, activations packed
 by the call. Counted under QEMU, costed by llvm-mca (`hwmpq.measure.static_model`): nothing here was
-timed on a chip. floor: by the target's peak. tvm: TVM schedules written by hand for that
-instruction, at 128, by the same model; they store bare sums, and the last one is given packed
-activations.
+timed on a chip. floor: by the target's peak. deeper: what the products alone take, from 128 × 128 ×
+128 to twice that depth. tvm: TVM schedules written by hand for that instruction, at 128, by the
+same model; they store bare sums, and the last one is given packed activations: it compares with
+deeper. Requantizing sums of 128 products takes a Neoverse N2 10 cycles per 1000 of them, 8 of which
+its one converter of fp32 is busy with: SCVTF and FCVTNS, 2 cycles each for four sums.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+import record
 
 from hwmpq import targets
 from hwmpq.errors import HwmpqError
@@ -32,6 +33,8 @@ from hwmpq.kernels.sample import draw
 from hwmpq.measure import static_model
 from hwmpq.types import Workload
 
+#: The size of the hand-written ones.
+_SHORT = 128
 #: Target, format, micro-kernel, and what the hand-written TVM schedule takes.
 ROWS: tuple[tuple[str, str, str, float | None], ...] = (
     ("arm-cortex-a72", "fp32", "neon_fma", 266.0),
@@ -53,7 +56,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", default="128,512")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    record.option(parser)
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
     try:
@@ -61,16 +64,17 @@ def main() -> int:
     except HwmpqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        args.json.write_text(json.dumps({"version": 1, "rows": rows}, indent=1) + "\n")
-    table = Table("target", "format", "kernel", "floor", *(f"{s}^3" for s in sizes), "tvm")
-    for one in rows:
-        cells = [f"{one['cycles'][str(size)]:.1f}" for size in sizes]
-        beside = "" if one["tvm"] is None else f"{one['tvm']:.0f}"
-        names = (one["target"], one["format"], one["micro"], f"{one['floor']:.1f}")
-        table.add_row(*names, *cells, beside)
-    Console().print(table)
+    columns = ("target", "format", "kernel", "floor", *(f"{s}^3" for s in sizes), "deeper", "tvm")
+    table = record.Table(columns, [_cells(one) for one in rows])
+    record.show(table)
+    record.write(args.json, table, rows=rows)
     return 0
+
+
+def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
+    cycles = [one["floor"], *one["cycles"].values(), one["deeper"]]
+    beside = "" if one["tvm"] is None else f"{one['tvm']:.0f}"
+    return one["target"], one["format"], one["micro"], *(f"{c:.1f}" for c in cycles), beside
 
 
 def row(name: str, fmt: str, micro: str, tvm: float | None, sizes: list[int]) -> dict[str, Any]:
@@ -78,17 +82,20 @@ def row(name: str, fmt: str, micro: str, tvm: float | None, sizes: list[int]) ->
     target = targets.load(name)
     peaks = {"fp32": "fp32.fp32", "bf16": "bf16.bf16"}
     floor = 1000 / target.peaks[peaks.get(fmt, "u8.s8")]
-    cycles = {str(size): estimated(target, fmt, micro, size) for size in sizes}
-    print(f"{name} {fmt} {micro}: {cycles}", file=sys.stderr)
+    cycles = {str(size): estimated(target, fmt, micro, size, size) for size in sizes}
+    once, twice = (estimated(target, fmt, micro, _SHORT, depth) for depth in (_SHORT, 2 * _SHORT))
+    deeper = 2 * twice - once
+    print(f"{name} {fmt} {micro}: {cycles}, deeper {deeper}", file=sys.stderr)
     return {
-        "target": name, "format": fmt, "micro": micro, "floor": floor, "cycles": cycles, "tvm": tvm,
+        "target": name, "format": fmt, "micro": micro, "floor": floor, "cycles": cycles,
+        "deeper": deeper, "tvm": tvm,
     }  # fmt: skip
 
 
-def estimated(target: targets.Target, name: str, micro: str, size: int) -> float:
-    """Cycles per 1000 MACs of one layer."""
+def estimated(target: targets.Target, name: str, micro: str, size: int, depth: int) -> float:
+    """Cycles per 1000 MACs of one layer of size × size results."""
     fmt = format_named(name)
-    layer = Workload.make("linear", "bias", m=size, n=size, k=size)
+    layer = Workload.make("linear", "bias", m=size, n=size, k=depth)
     call = Call(layer, fmt, fmt.activation.name, "u8" if fmt.is_integer else fmt.activation.name)
     [kernel] = [k for k in candidates(layer, fmt, target.features) if k.micro.name == micro]
     with tempfile.TemporaryDirectory() as folder:

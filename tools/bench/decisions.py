@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import torch
 
 from hwmpq.errors import InfeasibleError
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--target", default="native")
     parser.add_argument("--store")
     parser.add_argument("--seed", type=int, default=0)
+    record.option(parser)
     words = parser.parse_args()
     log = Log.open(words.out)
     for model, data, *weights in words.model:
@@ -144,8 +146,9 @@ def main() -> None:
         run(options, words.budgets, words.pool, log)
     summary = {model: figures(rows) for model, rows in log.data.items()}
     print(json.dumps({"seed": words.seed, "models": summary}, indent=1))
-    for model, found in summary.items():
-        print(text(model, found), file=sys.stderr)
+    found = table(summary)
+    record.show(found, file=sys.stderr)
+    record.write(words.json, found)
 
 
 def run(options: Options, budgets: int, pool: int, log: Log) -> None:
@@ -363,24 +366,30 @@ class Progress:
               file=sys.stderr, flush=True)  # fmt: skip
 
 
-def text(model: str, found: Mapping[str, Any]) -> str:
-    """A line of the table."""
-    if not found["budgets"]:
-        return f"{model}: no answers"
-    percent = {
-        name: f"{100 * found[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-        for name, (low, high) in (
-            ("met", found["met_interval"]),
-            ("overshoot_mean", found["overshoot_interval"]),
-            ("regret_mean", found["regret_interval"]),
-        )
+def table(summary: Mapping[str, Mapping[str, Any]]) -> record.Table:
+    """A column per model; figures with their intervals."""
+    columns = {name: _column(found) for name, found in summary.items() if found["budgets"]}
+    names = list(next(iter(columns.values()), ()))
+    rows = [(name, *(column[name] for column in columns.values())) for name in names]
+    return record.Table(("quantity", *columns), rows)
+
+
+def _column(found: Mapping[str, Any]) -> dict[str, str]:
+    def of(name: str, interval: str) -> str:
+        low, high = found[interval]
+        return f"{found[name]:.1%} [{low:.1%}, {high:.1%}]"
+
+    return {
+        "budgets": str(found["budgets"]),
+        "met": of("met", "met_interval"),
+        "overshoot": of("overshoot_mean", "overshoot_interval"),
+        "worst overshoot": f"{found['overshoot_max']:.1%}",
+        "regret": of("regret_mean", "regret_interval"),
+        "worst regret": f"{found['regret_max']:.1%}",
+        "rounds": f"{found['rounds']:.1f}",
+        "plans timed": str(found["plans_timed"]),
+        "prices within 10 %": f"{found['price_within_10_percent']:.0%}",
     }
-    return (
-        f"{model}: {found['budgets']} budgets, met {percent['met']}, overshoot "
-        f"{percent['overshoot_mean']} (max {100 * found['overshoot_max']:.1f} %), regret "
-        f"{percent['regret_mean']} (max {100 * found['regret_max']:.1f} %), "
-        f"{found['rounds']:.1f} rounds, {found['plans_timed']} plans timed"
-    )
 
 
 if __name__ == "__main__":

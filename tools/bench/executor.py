@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import torch
 
 from hwmpq import sensitivity
@@ -81,6 +82,7 @@ def main() -> int:
     parser.add_argument("--formats", default="fp32,w4a4")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--ray", action="store_true", help="actors of a local Ray cluster")
+    record.option(parser)
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = opened(words, Path(folder) / "store.sqlite")
@@ -106,11 +108,13 @@ def main() -> int:
         and np.array_equal(one.pair_loss, first.pair_loss)
         for one in found.values()
     )
-    print(json.dumps({
+    told = {
         "model": words.model, "images": words.images, "formats": words.formats,
         "executor": "ray" if words.ray else "processes", "seconds": seconds,
         "speed_up": seconds["1 workers"] / seconds[f"{words.workers} workers"], "equal": equal,
-    }))  # fmt: skip
+    }  # fmt: skip
+    print(json.dumps(told))
+    record.write(words.json, record.quantities(told))
     return 0 if equal else 1
 
 

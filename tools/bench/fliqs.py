@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import torch
 from torch import Tensor
 
@@ -79,6 +80,8 @@ class Rows:
         self.out, self.test, self.float_logits = out, test, float_logits
         self.labels = torch.from_numpy(test.labels)
         self.kept: dict[str, Any] = {}
+        self.judged: list[tuple[str, ...]] = []
+        self.compared: list[tuple[str, ...]] = []
         if (out / "rows.json").exists():
             self.kept = json.loads((out / "rows.json").read_text())
 
@@ -95,10 +98,9 @@ class Rows:
             (self.out / "rows.json").write_text(json.dumps(self.kept, indent=1, default=float))
         row = self.kept[name]
         low, high = row["drop_interval"]
-        print(
-            f"{name:<28} top-1 {row['simulated']:6.2f}  drop {row['drop']:5.2f} [{low:.2f}, "
-            f"{high:.2f}]  cost {row['cost / target']:.3f}", flush=True,
-        )  # fmt: skip
+        drop, cost = f"{row['drop']:.2f} [{low:.2f}, {high:.2f}]", f"{row['cost / target']:.3f}"
+        self.judged.append((name, f"{row['simulated']:.2f}", drop, cost))
+        print(f"{name:<28} top-1 {row['simulated']:6.2f}  drop {drop}  cost {cost}", flush=True)
         return row
 
     def _right(self, name: str) -> Path:
@@ -120,9 +122,16 @@ class Rows:
             if len(group) > 1:
                 variance += group.mean(1).var(ddof=1) / len(group)
         runs = " - ".join(f"{g.mean() * 100:.2f} ({len(g)})" for g in groups)
-        print(
-            f"{ours} less {other:<12} {runs}: {per_image.mean() * 100:+.2f} "
-            f"± {np.sqrt(variance) * 100:.2f}"
+        less = f"{per_image.mean() * 100:+.2f} ± {np.sqrt(variance) * 100:.2f}"
+        self.compared.append((f"{ours} less {other}", runs, less))
+        print(f"{ours} less {other:<12} {runs}: {less}")
+
+    def record(self, file: Path | None) -> None:
+        """What was shown, where it is asked for."""
+        record.write(
+            file,
+            record.Table(("run", "top-1", "drop", "cost, of the target"), self.judged),
+            record.Table(("compared", "top-1 (runs)", "points ± standard error"), self.compared),
         )
 
 
@@ -260,6 +269,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="target, of uniform w4a4")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default=",".join(PARTS))
+    record.option(parser)
     words = parser.parse_args()
     parts = words.only.split(",")
     bench = Bench(words)
@@ -281,6 +291,7 @@ def main() -> None:
     for other in ("a-", "b-", "c-hessian", "c-clado", "d-", "int-", "no-entropy"):
         bench.rows.compare("mixed-", other)
     bench.rows.compare("wide-float", "wide-int")
+    bench.rows.record(words.json)
 
 
 if __name__ == "__main__":

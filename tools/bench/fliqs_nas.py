@@ -16,6 +16,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import record
 from fliqs import Made, Rows
 
 from hwmpq import data as sets
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="target, of the fixed in w8a8")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--target", default="native")
+    record.option(parser)
     words = parser.parse_args()
     model = load_model(words.model, Path(words.weights) if words.weights else None, None)
     teacher = model.graph()
@@ -97,6 +99,7 @@ def main() -> None:
 
             rows.row(f"{name}-{seed}", make)
     rows.compare("searched-", "fixed-")
+    rows.record(words.json)
 
 
 if __name__ == "__main__":

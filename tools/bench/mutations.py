@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 
 from hwmpq import artifact
 from hwmpq.artifact.manifest import interface
@@ -253,6 +254,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--key", type=Path, help="require this signature; forge hashes too")
     parser.add_argument("--cpp", type=Path, help="runner of examples/cpp to compare with")
+    record.option(parser)
     given = parser.parse_args()
     with tempfile.NamedTemporaryFile("w", prefix="mutation-", delete=False) as log:
         print(f"the copy at work is named in {log.name}", file=sys.stderr)
@@ -267,6 +269,7 @@ def main() -> int:
         counts, wrong = compare(given.artifact, given.count, given.seed, given.key, cpp, tell)
     Path(log.name).unlink()
     print(json.dumps({**counts, "wrong": wrong}, indent=1))
+    record.write(given.json, record.quantities({**counts, "wrong": len(wrong)}))
     return 1 if wrong else 0
 
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import record
 
 from hwmpq import peers
 from hwmpq.artifact import read_manifest
@@ -87,9 +86,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    record.option(parser)
     args = parser.parse_args()
-    progress, console = reporter(), Console(width=None if sys.stdout.isatty() else 160)
+    progress = reporter()
     rows: list[dict[str, Any]] = []
+    tables = []
     try:
         peers.need("onnx", "onnxruntime", "openvino")
         args.out.mkdir(parents=True, exist_ok=True)
@@ -101,11 +102,13 @@ def main() -> int:
                     rows += found
                     file.writelines(json.dumps(row) + "\n" for row in found)
                     file.flush()
-                    console.print(table(found))
+                    tables.append(table(found))
+                    record.show(tables[-1])
     except HwmpqError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     plot(rows, args.out / "bench.html")
+    record.write(args.json, *tables)
     progress.note(f"rows and plot in {args.out}")
     return 0
 
@@ -203,33 +206,29 @@ def _rows(about: Mapping[str, Any], timings: Sequence[CellTiming]) -> Iterator[d
         yield row
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One block: milliseconds, and each contender's time over each of ours."""
+def table(rows: Sequence[Mapping[str, Any]]) -> record.Table:
+    """One block: milliseconds, and each contender's time over each of ours; or why it has none."""
     first = rows[0]
     ours = [row["contender"] for row in rows if row["contender"].startswith("hwmpq ")]
-    found = Table(title=f"{first['model']}, {first['threads']} thread(s), {first['target']}")
-    failed = [f"{row['contender']}: {row['error']}" for row in rows if row["error"]]
-    found.caption = "\n".join(failed).replace("[", "\\[")
-    for column in ("contender", "ms \\[95 %]", *(f"÷ {name}" for name in ours)):
-        found.add_column(column, justify="left" if column == "contender" else "right")
-    for row in rows:
-        if row["error"]:
-            continue
-        times = row["latency_s"]
-        low, high = (1e3 * x for x in times["interval"])
-        cells = []
-        for name in ours:
-            ratio = row["ratios"].get(name)
-            cells.append(_ratio(ratio) if ratio and name != row["contender"] else "")
-        noisy = " noisy" if row["quality"]["noisy"] else ""
-        text = f"{1e3 * times['median']:.3f} [{low:.3f}, {high:.3f}]{noisy}"
-        found.add_row(row["contender"], text.replace("[", "\\["), *cells)
-    return found
+    columns = ("contender", "ms [95 %]", *(f"÷ {name}" for name in ours))
+    title = f"{first['model']}, {first['threads']} thread(s), {first['target']}"
+    return record.Table(columns, [_cells(row, ours) for row in rows], title)
+
+
+def _cells(row: Mapping[str, Any], ours: Sequence[str]) -> tuple[str, ...]:
+    if row["error"]:
+        return row["contender"], row["error"], *("" for _ in ours)
+    times, noisy = row["latency_s"], " noisy" if row["quality"]["noisy"] else ""
+    low, high = (1e3 * x for x in times["interval"])
+    others = {name: found for name, found in row["ratios"].items() if name != row["contender"]}
+    ratios = [_ratio(others[name]) if name in others else "" for name in ours]
+    ms = f"{1e3 * times['median']:.3f} [{low:.3f}, {high:.3f}]{noisy}"
+    return row["contender"], ms, *ratios
 
 
 def _ratio(found: Mapping[str, Any]) -> str:
     low, high = found["interval"]
-    return f"{found['ratio']:.2f} \\[{low:.2f}, {high:.2f}]"
+    return f"{found['ratio']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -15,6 +15,7 @@ import json
 from dataclasses import asdict, replace
 
 import numpy as np
+import record
 from scipy import stats
 
 from hwmpq import methods
@@ -41,7 +42,9 @@ def main() -> None:
         picked = np.arange(min(words.images, len(images.test)))
         images = replace(images, holdout=images.test.subset(picked))
         study, plan = opened(job, images)
-        print(json.dumps(measured(job, images, study, plan)))
+        told = measured(job, images, study, plan)
+    print(json.dumps(told))
+    record.write(words.json, record.quantities(told))
 
 
 def arguments() -> argparse.Namespace:
@@ -55,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calib", type=int, default=256)
     parser.add_argument("--store")
     parser.add_argument("--seed", type=int, default=0)
+    record.option(parser)
     return parser.parse_args()
 
 

@@ -9,15 +9,13 @@ columns mean is said in hwmpq/stages/roofline.py.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import record
 
 from hwmpq.artifact import read_manifest
 from hwmpq.cli.jobs import read_assignment
@@ -45,7 +43,7 @@ def main() -> int:
     what.add_argument("--formats", default="fp32,w8a8", help="every layer in each of these")
     what.add_argument("--artifact", type=Path, help="each layer in its format of this artifact")
     what.add_argument("--assignment", type=Path, help="... of this file")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    record.option(parser)
     args = parser.parse_args()
     try:
         plan = None
@@ -63,14 +61,11 @@ def main() -> int:
     except HwmpqError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    console = Console(width=None if sys.stdout.isatty() else 160)
     for level in roofline.levels:
-        console.print(f"{level.name}: {level.bytes_per_s / 1e9:.1f} GB/s ({level.nbytes} bytes)")
-    console.print(table(rows))
-    for line in summary(rows):
-        console.print(line)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"{level.name}: {level.bytes_per_s / 1e9:.1f} GB/s ({level.nbytes} bytes)")
+    whole = summary(args.model, rows)
+    record.show(table(rows), whole)
+    record.write(args.json, whole, rows=rows)
     return 0
 
 
@@ -92,28 +87,30 @@ def _rows(
             }  # fmt: skip
 
 
-def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+def summary(model: str, rows: list[dict[str, Any]]) -> record.Table:
     """Per format: the share of the roof, weighted by time, and the layers that leave most."""
+    found = []
     for name in dict.fromkeys(row["format"] for row in rows):
         mine = [row for row in rows if row["format"] == name]
         share = sum(row["roof_s"] for row in mine) / sum(row["latency_s"] for row in mine)
         worst = sorted(mine, key=lambda row: row["roof_s"] - row["latency_s"])[:NAMED]
         named = ", ".join(f"{row['layer']} {100 * row['of_roof']:.0f} %" for row in worst)
-        yield f"{name}: {100 * share:.0f} % of the roof, weighted by time; most is left in {named}"
+        found.append((f"{model} {name}", f"{100 * share:.0f} %", named))
+    return record.Table(("every layer", "of the roof, by time", "most is left in"), found)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    found = Table()
-    for column in ("layer", "format", "kernel", "µs", "GMAC/s", "of peak", "GB/s", "of roof",
-                   "bound by"):  # fmt: skip
-        found.add_column(column, justify="right" if column in ("µs", "GMAC/s", "GB/s") else "left")
-    for row in rows:
-        found.add_row(
+def table(rows: list[dict[str, Any]]) -> record.Table:
+    columns = (
+        "layer", "format", "kernel", "µs", "GMAC/s", "of peak", "GB/s", "of roof", "bound by",
+    )  # fmt: skip
+    return record.Table(columns, [
+        (
             row["layer"], row["format"], row["kernel"], f"{1e6 * row['latency_s']:.1f}",
             f"{row['macs_per_s'] / 1e9:.1f}", f"{100 * row['of_peak']:.0f} %",
             f"{row['bytes_per_s'] / 1e9:.1f}", f"{100 * row['of_roof']:.0f} %", row["bound"],
-        )  # fmt: skip
-    return found
+        )
+        for row in rows
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Every n-th distinct layer in each format: its best schedules by estimate, timed in one interleaved
 block on a store of its own, each by the least of its epochs, which neighbours disturb the least.
 ratio: the default's time over the best one's; the sum of a model weighs each layer by its time.
-At the end: the share of all cells whose default comes within 15 % of their best, and the worst.
+At the end: how many cells' default comes within 15 % of their best, and the worst.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import record
 
 from hwmpq.cli.progress import reporter
 from hwmpq.errors import HwmpqError
@@ -42,7 +44,7 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=6, help="schedules of a cell")
     parser.add_argument("--every", type=int, default=4, help="take every n-th layer only")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write share, worst cells and rows here")
+    record.option(parser)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     try:
@@ -62,11 +64,9 @@ def main() -> int:
     except HwmpqError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    for line in summary(rows):
-        print(line)
-    if args.json:
-        told = {"near": NEAR, "share": share(rows), "worst": worst(rows), "rows": rows}
-        args.json.write_text(json.dumps(told, indent=1) + "\n")
+    tables = models(rows), worst(rows)
+    record.show(*tables)
+    record.write(args.json, *tables, rows=rows)
     return 0
 
 
@@ -99,37 +99,32 @@ def _rows(job: Job, chosen: Sequence[Space], folder: Path) -> Iterator[dict[str,
                 }  # fmt: skip
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Per model and format: cells, the time-weighted and the worst ratio, cells that are near; then
-    the share of all cells that are, and the worst of them by name."""
-    for key in dict.fromkeys((row["model"], row["format"]) for row in rows):
-        mine = [row for row in rows if (row["model"], row["format"]) == key]
-        whole = sum(row["default_s"] for row in mine) / sum(row["best_s"] for row in mine)
-        most = max(row["ratio"] for row in mine)
-        yield (
-            f"{' '.join(key)}: {len(mine)} cells, weighted {whole:.3f}, worst {most:.3f}, "
-            f"{share(mine):.0%} within {NEAR:g}"
-        )
-    if rows:
-        yield f"all: {len(rows)} cells, {share(rows):.1%} within {NEAR:g}; the worst:"
-    for row in worst(rows):
+def models(rows: Sequence[dict[str, Any]]) -> record.Table:
+    """Per model and format, and of all."""
+    keys = dict.fromkeys((row["model"], row["format"]) for row in rows)
+    groups = {" ".join(k): [r for r in rows if (r["model"], r["format"]) == k] for k in keys}
+    return record.Table(
+        ("model and format", "cells", "weighted by time", "worst", f"within {NEAR:g}"),
+        [_model(name, own) for name, own in [*groups.items(), ("all", rows)] if own],
+    )
+
+
+def _model(name: str, rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    whole = sum(row["default_s"] for row in rows) / sum(row["best_s"] for row in rows)
+    most = max(row["ratio"] for row in rows)
+    near = sum(row["ratio"] <= NEAR for row in rows) / len(rows)
+    return name, str(len(rows)), f"{whole:.3f}", f"{most:.3f}", f"{near:.1%}"
+
+
+def worst(rows: Sequence[dict[str, Any]]) -> record.Table:
+    """The farthest from their best first."""
+    found = []
+    for row in sorted(rows, key=lambda row: -row["ratio"])[:NAMED]:
         workload = Workload.from_json(row["workload"])
         sizes = " ".join(f"{name}={size}" for name, size in workload.dims)
-        yield (
-            f"  {row['ratio']:.3f}  {row['format']} {row['kernel']}: {row['default']} "
-            f"{1e6 * row['default_s']:.1f} us, {row['best']} {1e6 * row['best_s']:.1f} us; "
-            f"{workload.op} {sizes}"
-        )
-
-
-def share(rows: Sequence[dict[str, Any]]) -> float:
-    """Of the cells, how many are near."""
-    return sum(row["ratio"] <= NEAR for row in rows) / max(1, len(rows))
-
-
-def worst(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The farthest from their best first."""
-    return sorted(rows, key=lambda row: -row["ratio"])[:NAMED]
+        times = [f"{row[which]} {1e6 * row[f'{which}_s']:.1f} µs" for which in ("default", "best")]
+        found.append((f"{workload.op} {sizes}", row["format"], f"{row['ratio']:.3f}", *times))
+    return record.Table(("worst cells", "format", "ratio", "default", "best"), found)
 
 
 if __name__ == "__main__":

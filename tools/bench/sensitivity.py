@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 
 from hwmpq import methods
 from hwmpq.formats import format_named
@@ -103,7 +104,9 @@ def main() -> None:
             with case.job.store:
                 run(case, [float(b) for b in bits.split(",")], words, log)
     rows = [row for row in log.rows.values() if "accuracy" in row]
-    print(table(rows))
+    found = tables(rows)
+    record.show(*found)
+    record.write(words.json, *found)
     if words.plot:
         words.plot.write_text(picture(rows))
 
@@ -123,6 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--random", type=int, default=20, help="random plans per budget")
     parser.add_argument("--test", type=int, help="take only so many test images")
     parser.add_argument("--target", default="native")
+    record.option(parser)
     return parser.parse_args()
 
 
@@ -291,24 +295,26 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[float
     return {name: {bits: of(v) for bits, v in at.items()} for name, at in values.items()}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per method, one column per budget; seconds and image passes per draw."""
-    lines, found = [], means(rows)
+def tables(rows: Sequence[Mapping[str, Any]]) -> list[record.Table]:
+    """Per net and menu: a row per method, a column per budget; seconds and passes per draw."""
+    made, found = [], means(rows)
     for net in dict.fromkeys(net for net, _ in found):
         bits = sorted({b for (n, _), at in found.items() if n == net for b in at})
-        lines.append(f"\n{net}: top-1 at average bits per weight")
-        lines.append(" ".join([f"{'method':<14}", *(f"{b:>13g}" for b in bits),
-                               f"{'seconds':>9} {'passes':>10}"]))  # fmt: skip
-        for (n, method), at in found.items():
-            if n != net:
-                continue
-            texts = ["-" if b not in at else f"{at[b][0]:.2f}" + f" ± {at[b][1]:.2f}" *
-                     bool(np.isfinite(at[b][1])) for b in bits]  # fmt: skip
+        lines = []
+        for method in (m for n, m in found if n == net):
+            at = found[net, method]
             own = [row for row in rows if (row["net"], row["method"]) == (net, method)]
-            cost = [np.mean([row[k] for row in own]) for k in ("seconds", "passes")]
-            lines.append(" ".join([f"{method:<14}", *(f"{t:>13}" for t in texts),
-                                   f"{cost[0]:>9.0f} {cost[1]:>10.0f}"]))  # fmt: skip
-    return "\n".join(lines)
+            cost = [f"{np.mean([row[k] for row in own]):.0f}" for k in ("seconds", "passes")]
+            lines.append((method, *(_mean(at[b]) if b in at else "" for b in bits), *cost))
+        columns = ("method", *(f"{b:g} bits" for b in bits), "seconds", "passes")
+        made.append(record.Table(columns, lines, f"{net}: top-1 at average bits per weight"))
+    return made
+
+
+def _mean(found: Sequence[float]) -> str:
+    """A mean accuracy with its standard error, where there is one."""
+    mean, error = found[:2]
+    return f"{mean:.2f} ± {error:.2f}" if np.isfinite(error) else f"{mean:.2f}"
 
 
 def picture(rows: Sequence[Mapping[str, Any]], width: int = 560, height: int = 380) -> str:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import record
+
 from hwmpq import search
 from hwmpq.search.instances import chain, pairs
 from hwmpq.search.pareto import frontier
@@ -35,19 +37,23 @@ CHAINS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-def timed(what: str, bar: str, run: Callable[[], str]) -> None:
+def timed(what: str, bar: str, run: Callable[[], str]) -> tuple[str, ...]:
+    """A row of the table."""
     wall, cpu = time.perf_counter(), time.process_time()
     told = run()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(f"{what:<60} {wall:7.2f} s wall {cpu:7.2f} s CPU  {told}  (bar: {bar})", flush=True)
+    return what, bar, told, f"{wall:.2f}", f"{cpu:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--time-limit", type=float, default=60.0)
     parser.add_argument("--only", choices=["iqp", "ilp", "frontier"])
+    record.option(parser)
     words = parser.parse_args()
     limit = words.time_limit
+    rows = []
 
     def solved(problem: Problem, solver: str) -> str:
         found = search.solve(problem, solver, limit)
@@ -58,18 +64,22 @@ def main() -> None:
         for count, made, bar in PAIRS:
             kind = ", ".join(f"{key} {value}" for key, value in made.items())
             problem = pairs(count, **made)
-            timed(f"iqp {count} layers {kind}", bar, lambda p=problem: solved(p, "iqp"))
+            what = f"iqp {count} layers {kind}"
+            rows.append(timed(what, bar, lambda p=problem: solved(p, "iqp")))
     if words.only in (None, "ilp"):
         for made in CHAINS:
             kind = ", ".join(f"{key} {value}" for key, value in made.items())
             problem = chain(1000, **made)
-            timed(f"ilp 1000 × 8 {kind}", "optimal in 2 s", lambda p=problem: solved(p, "ilp"))
+            what = f"ilp 1000 × 8 {kind}"
+            rows.append(timed(what, "optimal in 2 s", lambda p=problem: solved(p, "ilp")))
     if words.only in (None, "frontier"):
         short = chain(60)
-        timed(
+        rows.append(timed(
             "frontier 60 layers x 8 formats", "1 s per point",
             lambda: f"{len(frontier(short, points=20, time_limit_s=limit))} points of 20",
-        )  # fmt: skip
+        ))  # fmt: skip
+    columns = ("problem", "bar", "found", "seconds", "CPU seconds")
+    record.write(words.json, record.Table(columns, rows))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import record
 
 from hwmpq import artifact
 
@@ -81,16 +82,19 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--calls", type=int, default=10_000, help="of each thread")
     parser.add_argument("--each", action="store_true", help="one instance for each thread")
+    record.option(parser)
     given = parser.parse_args()
     count = given.threads if given.each else 1
     sets = [[artifact.load(path) for path in given.artifacts] for _ in range(count)]
     _, before = hammer(sets, given.threads, given.calls // 10)
     began = time.perf_counter()
     wrong, after = hammer(sets, given.threads, given.calls)
-    print(json.dumps({
+    told = {
         "calls": given.threads * given.calls, "wrong": wrong, "grown_bytes": after - before,
         "resident_bytes": after, "seconds": time.perf_counter() - began,
-    }))  # fmt: skip
+    }  # fmt: skip
+    print(json.dumps(told))
+    record.write(given.json, record.quantities(told))
     return 1 if wrong else 0
 
 

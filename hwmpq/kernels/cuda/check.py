@@ -16,8 +16,7 @@ def check_tools() -> None:
     """Raises InputError where kernels of a GPU cannot be compiled or emulated here."""
     if compiler.missing():
         raise InputError("no compiler for GPUs", "NVRTC", None, compiler.INSTALL)
-    if not emulate.possible():
-        raise InputError("emulating a GPU lacks", "g++", None, "On Debian: apt install g++")
+    emulate.check_tools()
 
 
 def how(target: Target) -> str:
@@ -36,8 +35,8 @@ def run(function: Any, target: Target, arguments: Sequence[NDArray[Any]], cores:
     code = source.code_of(source.build(function, target))
     if wrong := inspected(compiler.compiled(code, target), cores):
         return wrong
-    names = [str(parameter.name) for parameter in function.params]
-    return emulate.run(code, source.launch(function), dict(zip(names, arguments, strict=True)))
+    (kernel,) = source.kernels_of(code)
+    return emulate.run(code, source.launch(function, kernel, range(len(arguments))), arguments)
 
 
 def inspected(made: compiler.Compiled, cores: bool) -> str:
@@ -47,6 +46,6 @@ def inspected(made: compiler.Compiled, cores: bool) -> str:
             return (
                 f"{name} keeps {resources.stack} bytes on the stack and spills {resources.spilled}"
             )
-    if cores and not made.tensor_products:
+    if cores and not made.facts.tensor_products:
         return "no mma instruction"
     return ""

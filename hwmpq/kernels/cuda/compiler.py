@@ -37,6 +37,18 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """Of all kernels: bytes of spilled registers stored and loaded, of stack frames; the most
+    registers of a thread; `mma` instructions of tensor cores by types (sum, a, b, sum)."""
+
+    kernels: int
+    spilled: int
+    stack: int
+    registers: int
+    tensor_products: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Compiled:
     """resources: by kernel."""
 
@@ -45,9 +57,14 @@ class Compiled:
     resources: dict[str, Resources]
 
     @property
-    def tensor_products(self) -> int:
-        """`mma` instructions in the PTX."""
-        return len(re.findall(r"\bmma\.sync\.", self.ptx))
+    def facts(self) -> Facts:
+        """What an inspection without the chip tells."""
+        found = re.findall(r"\bmma\.sync\.\S*?\.(\w+\.\w+\.\w+\.\w+) ", self.ptx)
+        used = self.resources.values()
+        return Facts(
+            len(used), sum(one.spilled for one in used), sum(one.stack for one in used),
+            max((one.registers for one in used), default=0), dict(sorted(Counter(found).items())),
+        )  # fmt: skip
 
 
 def missing() -> bool:

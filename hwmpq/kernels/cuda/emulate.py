@@ -9,19 +9,113 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq.errors import InternalError
+from hwmpq.errors import InputError, InternalError
 from hwmpq.kernels.cuda import source
+from hwmpq.launches import Launch
 
 Array = NDArray[Any]
 _FLAGS = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
 _ENDS = {1: "threads wait for others that never come", 2: "copies that nobody waited for"}
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Bytes that kernels take for a GPU's."""
+
+    held: Array
+
+    @property
+    def pointer(self) -> int:
+        return _pointer(self.held)
+
+
+class Emulator:
+    """A GPU, emulated: a `Machine` of `hwmpq.artifact.cuda` for whole networks.
+
+    Raises InputError where seconds are asked for, which mean nothing here.
+    """
+
+    suffix = ".cu"
+
+    def __init__(self) -> None:
+        """Raises InputError without a C++ compiler."""
+        check_tools()
+
+    def load(self, code: bytes, of: Path) -> Emulation:
+        return _emulation(code.decode())
+
+    def check(self, arch: str, of: Path) -> None:
+        """Any chip is emulated."""
+
+    def allocate(self, nbytes: int) -> Memory:
+        return Memory(np.full(nbytes, 0xFF, np.uint8))
+
+    def write(self, memory: Any, array: Array) -> None:
+        ctypes.memmove(memory.pointer, _pointer(array), array.nbytes)
+
+    def read(self, memory: Any, array: Array) -> None:
+        ctypes.memmove(_pointer(array), memory.pointer, array.nbytes)
+
+    def wait(self) -> None:
+        """Nothing is ever under way."""
+
+    def sequence(self, calls: Sequence[Callable[[], None]]) -> Callable[[], None]:
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    def seconds(self, call: Callable[[], None], count: int) -> float:
+        raise _no_seconds()
+
+    def seconds_between(self, calls: Sequence[Callable[[], None]]) -> list[float]:
+        raise _no_seconds()
+
+
+def _no_seconds() -> InputError:
+    return InputError("seconds of an emulated GPU", None, None, "Time it on a GPU.")
+
+
+class Emulation:
+    """The kernels of a text, compiled for this CPU."""
+
+    def __init__(self, code: str, optimize: str):
+        with tempfile.TemporaryDirectory(prefix="hwmpq-cuda-") as folder:
+            library = Path(folder) / "kernels.so"
+            compile_library(code, optimize, library)
+            self._library = ctypes.CDLL(str(library))
+
+    def call(self, launch: Launch, pointers: Sequence[int]) -> Callable[[], None]:
+        """What runs a kernel. Raises InternalError where it waits in vain or forgets to wait."""
+
+        def run() -> None:
+            if ended := self.run(launch, pointers):
+                raise InternalError(f"{launch.kernel}, emulated", ended)
+
+        return run
+
+    def run(self, launch: Launch, pointers: Sequence[int]) -> str:
+        """Run a kernel on these arguments. Answers '' or how it ended."""
+        given = (ctypes.c_void_p * len(pointers))(*pointers)
+        kernel = getattr(self._library, f"run_{launch.kernel}")
+        ended = kernel(given, *launch.blocks, launch.threads, launch.shared_bytes)
+        return _ENDS.get(int(ended), "")
+
+
+@cache
+def _emulation(code: str) -> Emulation:
+    """Of a network: compiled once, run for seconds to minutes."""
+    return Emulation(code, "-O1")
 
 
 def possible() -> bool:
@@ -29,35 +123,43 @@ def possible() -> bool:
     return shutil.which("g++") is not None
 
 
-def run(code: str, launch: source.Launch, arguments: Mapping[str, Array]) -> str:
-    """Call the one kernel of a text. arguments: by name, flat; the result is written in place.
+def check_tools() -> None:
+    """Raises InputError without one."""
+    if not possible():
+        raise InputError("emulating a GPU lacks", "g++", None, "On Debian: apt install g++")
+
+
+def run(code: str, launch: Launch, arrays: Sequence[Array]) -> str:
+    """Call a kernel of a text. arrays: the buffers of the launch; the result is written in place.
 
     Answers '' or how it ended.
     """
-    (kernel,) = source.kernels_of(code)
-    with tempfile.TemporaryDirectory(prefix="hwmpq-cuda-") as folder:
-        library = Path(folder) / "kernel.so"
-        # Without optimization: kernels run for milliseconds, and optimizing takes seconds.
-        _compile(_text(code, kernel), "-O0", "-shared", str(_machine()), "-o", str(library))
-        pointers = [_pointer(arguments[name.removesuffix("_ptr")]) for _, name in kernel.arguments]
-        given = (ctypes.c_void_p * len(pointers))(*pointers)
-        call = ctypes.CDLL(str(library)).run
-        ended = int(call(given, *launch.blocks, kernel.threads, launch.shared_bytes))
-    return _ENDS.get(ended, "")
+    # Without optimization: kernels run for milliseconds, and optimizing takes seconds.
+    return Emulation(code, "-O0").run(launch, [_pointer(arrays[i]) for i in launch.arguments])
 
 
-def _text(code: str, kernel: source.Kernel) -> str:
-    """A library with one function: run(arguments, blocks along x and y, threads, shared bytes)."""
+def compile_library(code: str, optimize: str, path: Path) -> None:
+    """Write a shared library with a function for each kernel: run_NAME(arguments, blocks along x
+    and y, threads, shared bytes)."""
+    _compile(_text(code), optimize, "-shared", str(_machine()), "-o", str(path))
+
+
+def _text(code: str) -> str:
     code = source.SHARED.sub(r"uchar* \1 = shared_memory;", code)
-    given = ", ".join(f"({dtype})a[{i}]" for i, (dtype, _) in enumerate(kernel.arguments))
-    return f"""{source.prelude("host")}
-{code}
-static void call(void** a) {{ {kernel.name}({given}); }}
-extern "C" int run_grid(void (*)(void**), void**, int, int, int, int);
-extern "C" int run(void** a, int x, int y, int threads, int shared) {{
-  return run_grid(call, a, x, y, threads, shared);
+    calls = []
+    for kernel in source.kernels_of(code):
+        given = ", ".join(f"({dtype})a[{i}]" for i, (dtype, _) in enumerate(kernel.arguments))
+        calls.append(
+            f"""static void call_{kernel.name}(void** a) {{ {kernel.name}({given}); }}
+extern "C" int run_{kernel.name}(void** a, int x, int y, int threads, int shared) {{
+  return run_grid(call_{kernel.name}, a, x, y, threads, shared);
 }}
 """
+        )
+    return f"""{source.prelude("host")}
+{code}
+extern "C" int run_grid(void (*)(void**), void**, int, int, int, int);
+{"".join(calls)}"""
 
 
 @cache

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from hwmpq.kernels.cuda.ir import LAUNCH
+from hwmpq.launches import Launch
 from hwmpq.targets import Target
 
 FOLDER = Path(__file__).parent
@@ -26,13 +29,10 @@ class Kernel:
     threads: int
     arguments: tuple[tuple[str, str], ...]
 
-
-@dataclass(frozen=True)
-class Launch:
-    """blocks: along x and y; shared_bytes: of each block."""
-
-    blocks: tuple[int, int]
-    shared_bytes: int
+    @property
+    def names(self) -> list[str]:
+        """Of the arguments, as the PrimFunc has them; the order is the kernel's own."""
+        return [name.removesuffix("_ptr") for _, name in self.arguments]
 
 
 def prelude(instructions: str) -> str:
@@ -74,10 +74,18 @@ def code_of(executable: Any) -> str:
     return body(executable.mod.imports[0].inspect_source())
 
 
-def launch(function: Any) -> Launch:
-    """Of a PrimFunc of `CudaIR`."""
-    x, y, shared = (int(n) for n in function.attrs[LAUNCH])
-    return Launch((x, y), shared)
+def launch(function: Any, kernel: Kernel, numbers: Sequence[int]) -> Launch:
+    """Of a PrimFunc of `CudaIR`. kernel: its own; numbers: of the buffers that it is called on, in
+    the PrimFunc's order, the result's last."""
+    x, y, shared_bytes = (int(n) for n in function.attrs[LAUNCH])
+    names = [str(parameter.name) for parameter in function.params]
+    given = dict(zip(names, numbers, strict=True))
+    out = function.params[-1]
+    return Launch(
+        kernel.name, (x, y), kernel.threads, shared_bytes,
+        tuple(given[name] for name in kernel.names), numbers[-1],
+        prod(int(extent) for extent in out.shape), str(out.dtype),
+    )  # fmt: skip
 
 
 @cache

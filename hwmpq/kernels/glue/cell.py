@@ -34,13 +34,11 @@ def compile_cell(request: Mapping[str, Any]) -> dict[str, Any]:
     the fields of `measure.Cell`. Its numbers are checked by the conformance suite, not here: a glue
     kernel has no wrong result that would be faster on one input than on another."""
     from hwmpq import targets
-    from hwmpq.kernels.build import export, library
+    from hwmpq.kernels.build import export_cell
 
     call = from_json(request["call"])
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    target = targets.load(request["target"])
-    export(library(emit(call), target), folder / "cell.so", target)
     rng = np.random.default_rng(int(request.get("seed", 0)))
     arrays = [_random(rng, operand) for operand in call.inputs]
     quantizers = [
@@ -54,8 +52,9 @@ def compile_cell(request: Mapping[str, Any]) -> dict[str, Any]:
     tensors.save(folder / "args.safetensors", {str(i): a for i, a in enumerate(every)})
     roles = ["input"] * (len(every) - 1) + ["output"]
     return {
-        "library": str(folder / "cell.so"), "args": str(folder / "args.safetensors"),
-        "roles": roles, "expected": "", "atol": 0.0, "rtol": 0.0,
+        **export_cell(emit(call), targets.load(request["target"]), every, folder),
+        "args": str(folder / "args.safetensors"), "roles": roles, "expected": "", "atol": 0.0,
+        "rtol": 0.0,
     }  # fmt: skip
 
 

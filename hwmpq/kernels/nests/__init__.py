@@ -186,11 +186,13 @@ def arguments(ir: IR, nest: Nest, call: Call, micro: Micro, decoder: Decoder) ->
     return Buffers(x, weight, scalars, epilogue, scales)
 
 
-def _isa(micro: Micro) -> Literal["", "avx2", "neon"]:
+def _isa(micro: Micro) -> Literal["", "avx2", "neon", "rvv"]:
     """That of an epilogue's own instructions."""
     if "avx2" in micro.requires and micro.lanes == 8:
         return "avx2"
-    return "neon" if "neon" in micro.requires else ""
+    if "neon" in micro.requires:
+        return "neon"
+    return "rvv" if "v" in micro.requires else ""
 
 
 #: Weights that a core reads in a cycle where each is multiplied once, whatever their width:

@@ -88,6 +88,12 @@ class WarpGemm(Nest):
         parts = wide.reshape(g.groups, eights, 8, lines, 4, 4, size // 4)
         return decoder.pack(parts.transpose(0, 3, 1, 2, 5, 4, 6).reshape(-1, 32, size))
 
+    def weight_elements(self, workload: Workload, micro: Micro, decoder: Decoder) -> int:
+        """Bytes, which depend on the width of the codes: zeros of another type tell nothing."""
+        g = Geometry.of(workload)
+        lines = -(-(g.cin // g.groups * g.kh * g.kw) // micro.kstep)
+        return g.groups * lines * -(-g.gout // 8) * 32 * decoder.rows
+
     def schedules(self, call: Call, micro: Micro) -> list[Schedule]:
         assert isinstance(micro, WarpMicro)
         return [tile.schedule for tile in tiles(call, micro)]
