@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmpq import targets, tensors, tile_permission, toolchain
-from hwmpq.artifact import cuda, pool, signature, vm
+from hwmpq.artifact import cuda, pool, relax_vm, signature
 from hwmpq.artifact.contents import Contents, open_artifact
 from hwmpq.artifact.cuda import Machine, driver
 from hwmpq.artifact.manifest import CUBIN, GOLDEN, LAUNCHES, PARAMETERS, libraries, parts
@@ -89,7 +89,7 @@ def _programs(
             raise InputError(f"artifact {contents.path}", "one for a CPU", "one for a GPU")
         toolchain.check()
         code = {size: kept[name] for size, name in names.items()}
-        return vm.programs(code, taken, parameters, contents.path)
+        return relax_vm.programs(code, taken, parameters, contents.path)
     machine = machine or driver.gpu()
     pairs = {
         size: (kept[found[machine.suffix]], kept[found[LAUNCHES]]) for size, found in files.items()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hwmpq.artifact.vm import KERNEL_PREFIX
+from hwmpq.artifact.relax_vm import KERNEL_PREFIX
 from hwmpq.errors import InputError
 from hwmpq.formats import encoding_named, format_named
 from hwmpq.graph import Node

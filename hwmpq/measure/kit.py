@@ -15,7 +15,7 @@ _FILES = (
     "toolchain.py", "targets.py", "launches.py", "artifact/__init__.py", "artifact/contents.py",
     "artifact/cuda/__init__.py", "artifact/cuda/driver.py", "artifact/cuda/program.py",
     "artifact/folder.py", "artifact/golden.py", "artifact/manifest.py", "artifact/native.py",
-    "artifact/pool.py", "artifact/run.py", "artifact/signature.py", "artifact/vm.py",
+    "artifact/pool.py", "artifact/run.py", "artifact/signature.py", "artifact/relax_vm.py",
     "measure/__init__.py", "measure/cuda.py", "measure/environment.py", "measure/frames.py",
     "measure/gates.py", "measure/kernel.py", "measure/nvml.py", "measure/onsite.py",
     "measure/process.py", "measure/protocol.py", "measure/public.py", "measure/replicate.py",

@@ -146,7 +146,7 @@ def test_on_arm_it_refuses_the_same(
         required = tmp_path / "key.pub"
     flags = frozenset(json.loads((ARM / "manifest.json").read_text())["target"]["cpu_flags"])
     monkeypatch.setattr(targets, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(run, "_program", lambda *_: None)
+    monkeypatch.setattr(run, "_programs", lambda *_: {})
     monkeypatch.setattr(mutations, "outputs", lambda _: [])
     counts, wrong = mutations.compare(made, COUNT, 2000, required, emulator["a76"])
     assert wrong == [] and counts["refused"] > COUNT / 2
