@@ -161,10 +161,14 @@ def _load(artifact: str, emulated: bool = False) -> Any:
     """emulated: one for a GPU, on this CPU."""
     runtime_only()
     from hwmpq.artifact import load
-    from hwmpq.kernels.cuda.emulate import Emulator
 
+    machine = None
+    if emulated:
+        from hwmpq.kernels.cuda.emulate import Emulator
+
+        machine = Emulator()
     try:
-        return load(artifact, machine=Emulator() if emulated else None)
+        return load(artifact, machine=machine)
     except ImportError as error:
         raise InputError("the TVM runtime cannot be loaded", error, "apache-tvm",
                          "Run: pip install apache-tvm") from error  # fmt: skip

@@ -28,15 +28,10 @@ class Conv2d(Nest):
         return None
 
     def channels(self, workload: Workload, micro: Micro) -> int:
-        g = Geometry.of(workload)
-        return g.groups * -(-g.gout // micro.lanes) * micro.lanes
+        return Geometry.of(workload).channels(micro.lanes)
 
     def pad(self, values: NDArray[Any], workload: Workload, micro: Micro) -> NDArray[Any]:
-        g = Geometry.of(workload)
-        wide = -(-g.gout // micro.lanes) * micro.lanes
-        padded = np.zeros((g.groups, wide), values.dtype)
-        padded[:, : g.gout] = values.reshape(g.groups, g.gout)
-        return padded.reshape(-1)
+        return Geometry.of(workload).spread(values, micro.lanes)
 
     def pack(
         self, codes: NDArray[Any], workload: Workload, micro: Micro, decoder: Decoder

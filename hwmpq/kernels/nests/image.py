@@ -8,6 +8,10 @@ segment would read past the buffer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hwmpq.kernels.codes import activation, memory_dtype
 from hwmpq.kernels.ir import IR, Buffer, Expr
@@ -68,6 +72,16 @@ class Geometry:
             (h - self.dh * (self.kh - 1) - 1) // self.sh + 1,
             (w - self.dw * (self.kw - 1) - 1) // self.sw + 1,
         )
+
+    def channels(self, lanes: int) -> int:
+        """Output channels when those of every group fill whole vectors."""
+        return self.groups * -(-self.gout // lanes) * lanes
+
+    def spread(self, values: NDArray[Any], lanes: int) -> NDArray[Any]:
+        """One value per output channel at the places of `channels`, zeros between."""
+        found = np.zeros((self.groups, self.channels(lanes) // self.groups), values.dtype)
+        found[:, : self.gout] = values.reshape(self.groups, self.gout)
+        return found.reshape(-1)
 
     @property
     def merged(self) -> bool:

@@ -59,14 +59,10 @@ class WarpGemm(Nest):
         return None
 
     def channels(self, workload: Workload, micro: Micro) -> int:
-        g = Geometry.of(workload)
-        return g.groups * -(-g.gout // micro.lanes) * micro.lanes
+        return Geometry.of(workload).channels(micro.lanes)
 
     def pad(self, values: NDArray[Any], workload: Workload, micro: Micro) -> NDArray[Any]:
-        g = Geometry.of(workload)
-        padded = np.zeros((g.groups, self.channels(workload, micro) // g.groups), values.dtype)
-        padded[:, : g.gout] = values.reshape(g.groups, g.gout)
-        return padded.reshape(-1)
+        return Geometry.of(workload).spread(values, micro.lanes)
 
     def pack(
         self, codes: NDArray[Any], workload: Workload, micro: Micro, decoder: Decoder
