@@ -378,7 +378,7 @@ def test_no_tracker_and_no_device(tracker: wire.Place) -> None:
 def test_an_unused_ticket_is_replaced_and_a_busy_server_waited_for(
     tracker: wire.Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(servers, "UNUSED_S", 0.5)
+    monkeypatch.setattr(servers, "UNUSED_S", 2.0)  # longer than what is between two leases
     monkeypatch.setattr(servers, "_PERIOD_S", 0.1)
     with serving(Server("busy", tracker=tracker)) as server:
         registered(tracker, "busy", 1)
