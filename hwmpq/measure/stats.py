@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -44,8 +45,10 @@ def median_interval(samples: Values, confidence: float = 0.95) -> tuple[float, f
     n = len(ordered)
     if n == 0:
         raise ValueError("interval of no samples")
-    k, tail = 0, 0.0
-    while (tail := tail + math.comb(n, k) * 0.5**n) <= (1 - confidence) / 2:
+    most = Fraction((1 - confidence) / 2) * 2**n  # whole numbers: 2**-n is 0 for many samples
+    k, tail, ways = 0, 0, 1
+    while (tail := tail + ways) <= most:
+        ways = ways * (n - k) // (k + 1)
         k += 1
     k = max(k, 1)
     return float(ordered[k - 1]), float(ordered[n - k])

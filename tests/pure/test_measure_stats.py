@@ -28,9 +28,12 @@ def test_median() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "low", "high"),  # ranks from a table of the sign test, 95 %
-    [(6, 1, 6), (8, 1, 8), (9, 2, 8), (12, 3, 10), (20, 6, 15), (25, 8, 18), (50, 18, 33)],
-)
+    ("n", "low", "high"),  # ranks from a table of the sign test, 95 %; many: scipy's binom
+    [
+        (6, 1, 6), (8, 1, 8), (9, 2, 8), (12, 3, 10), (20, 6, 15), (25, 8, 18), (50, 18, 33),
+        (3001, 1447, 1555),
+    ],
+)  # fmt: skip
 def test_interval_ranks(n: int, low: int, high: int) -> None:
     values = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))
     assert stats.median_interval(values) == (low, high)
