@@ -257,19 +257,25 @@ def formats(bench: Bench) -> None:
         bench.trained(f"uniform-{name}", bench.uniform(name))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(about: str, train: str, share: str, seeds: int) -> argparse.ArgumentParser:
+    """What the benches of searches take. train, seeds: defaults; share: what --share is of."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("model")
     parser.add_argument("--weights")
     parser.add_argument("--train-data", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--train", default="epochs=2", help="as --train of hwmpq search")
+    parser.add_argument("--train", default=train, help="as --train of hwmpq search")
     parser.add_argument("--eval", type=int, help="images to judge on; all")
-    parser.add_argument("--share", type=float, default=1.0, help="target, of uniform w4a4")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--share", type=float, default=1.0, help=f"target, of {share}")
+    parser.add_argument("--seeds", type=int, default=seeds)
     record.option(parser)
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0], "epochs=2", "uniform w4a4", 3)
+    parser.add_argument("--only", default=",".join(PARTS))
     words = parser.parse_args()
     parts = words.only.split(",")
     bench = Bench(words)

@@ -12,12 +12,10 @@ Accuracies are the exact simulator's; nothing is compiled.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
-import record
-from fliqs import Made, Rows
+from fliqs import Made, Rows, options
 
 from hwmpq import data as sets
 from hwmpq import targets
@@ -49,18 +47,8 @@ def fixed(space: ArchitectureSpace) -> ArchitectureSpace:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--weights")
-    parser.add_argument("--train-data", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--train", default="", help="as --train of hwmpq search")
-    parser.add_argument("--eval", type=int, help="images to judge on; all")
-    parser.add_argument("--share", type=float, default=1.0, help="target, of the fixed in w8a8")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser = options(__doc__.splitlines()[0], "", "the fixed in w8a8", 1)
     parser.add_argument("--target", default="native")
-    record.option(parser)
     words = parser.parse_args()
     model = load_model(words.model, Path(words.weights) if words.weights else None, None)
     teacher = model.graph()
