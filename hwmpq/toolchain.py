@@ -1,5 +1,5 @@
-"""Which versions are installed, and whether the TVM pair among them works: asked of the package
-metadata, so that a pair that would crash the process is never loaded.
+"""Which versions are installed, whether the TVM pair among them works, and TVM without torch. The
+package metadata is asked, so that a pair that would crash the process is never loaded.
 
 Seen with the wheels of Apache TVM 0.26.0, 0.27.0 and 0.27.0.post1 on Linux x86-64: with
 apache-tvm-ffi 0.1.15.post2 `Schedule.tensorize` ends in a segmentation fault, with 0.1.13.post3
@@ -9,7 +9,11 @@ apache-tvm-ffi 0.1.15.post2 `Schedule.tensorize` ends in a segmentation fault, w
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from typing import Any
 
 from hwmpq.errors import InputError
 
@@ -65,6 +69,24 @@ def why_not(tvm: str, ffi: str) -> str | None:
     if release(ffi) >= first_bad:
         return "Schedule.tensorize crashes the process"
     return None
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Around the first import of TVM where nothing but compiled code will run.
+
+    tvm_ffi imports torch wherever it is installed, which is most of TVM's own start. Hidden while
+    tvm_ffi is loaded, torch can be imported afterwards as ever.
+    """
+    modules: dict[str, Any] = sys.modules
+    hidden = "torch" not in modules
+    if hidden:
+        modules["torch"] = None  # what makes `import torch` an ImportError
+    try:
+        yield
+    finally:
+        if hidden:
+            del modules["torch"]
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmpq import toolchain
 from hwmpq.cli.accuracy import Samples
 from hwmpq.cli.output import VERSION, Answer
 from hwmpq.errors import InputError, UnsafeFile
@@ -168,7 +169,8 @@ def _load(artifact: str, emulated: bool = False) -> Any:
 
         machine = Emulator()
     try:
-        return load(artifact, machine=machine)
+        with toolchain.without_torch():
+            return load(artifact, machine=machine)
     except ImportError as error:
         raise InputError("the TVM runtime cannot be loaded", error, "apache-tvm",
                          "Run: pip install apache-tvm") from error  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hwmpq import toolchain
 from hwmpq.errors import InputError
 from hwmpq.measure import gates, protocol, stats
 from hwmpq.measure.environment import conditions, doubts, fingerprint
@@ -85,7 +86,8 @@ def get_ready(payload: Mapping[str, Any]) -> dict[str, Any]:
     """
     versions = {}
     if payload.get("on_cpu", True):
-        import tvm
+        with toolchain.without_torch():
+            import tvm
 
         versions["tvm"] = tvm.__version__
     if payload.get("compiles"):

@@ -166,3 +166,18 @@ def test_worker_ends_with_its_parent() -> None:
             return
         time.sleep(0.1)
     raise AssertionError("the worker lives on")
+
+
+def test_the_runtime_starts_without_torch_and_takes_it_later() -> None:
+    program = (
+        "import sys\n"
+        "from hwmpq import toolchain\n"
+        "with toolchain.without_torch():\n"
+        "    import tvm\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch\n"
+        "assert tvm.runtime.from_dlpack(torch.ones(2)).numpy().tolist() == [1, 1]\n"
+        "with toolchain.without_torch():\n"
+        "    assert sys.modules['torch'] is torch\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
