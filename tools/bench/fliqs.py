@@ -3,17 +3,17 @@
     python tools/bench/fliqs.py zoo:resnet20_cifar --weights F --train-data npz:train.npz \
         --data npz:test.npz --out DIR [--train steps=1560] [--only search,controls,ablation,formats]
 
-Every row is kept in DIR/rows.json, every run in a folder of DIR: started again it goes on. Nothing
-is compiled; accuracies are the exact simulator's. "drop" is against the float model on the same
-images; its interval is the paired one. The target is a uniform w4a4's bit operations, unless
---share says otherwise.
+Every row is kept in DIR/rows.json, every run in a folder of DIR, with the assignment and the
+quantizers that `hwmpq compile` takes: started again it goes on. Accuracies are the exact
+simulator's. "drop" is against the float model on the same images; its interval is the paired one.
+The target is a uniform w4a4's bit operations, unless --share says otherwise.
 
   search     mixed menu with --seeds seeds, integers with one: no retraining
   controls   (a) the plan found, retrained from the float weights; (b) uniform w4a4;
              (c) the plans of Hessian traces and of Gauss-Newton pairs; (d) random plans
   ablation   the search without its penalty on entropy
   formats    integers against floats: both menus searched at 1.15 of the target, where floats have
-             a choice, and every format alone, trained as long
+             a choice, and every format alone, trained as long; drawn in DIR/formats.html
 
 At the end the table of comparisons: the search's accuracy less a control's, with its standard
 error, over images (paired) and, where there are several seeds, over them.
@@ -34,12 +34,14 @@ import torch
 from torch import Tensor
 
 from hwmpq import data as sets
+from hwmpq.artifact.folder import write_json
 from hwmpq.formats import bops, format_named
 from hwmpq.frontend.model import load_model
 from hwmpq.graph import Graph, network_of
 from hwmpq.methods.fliqs.policy import shares
 from hwmpq.methods.fliqs.settings import parsed
 from hwmpq.methods.fliqs.train import search
+from hwmpq.methods.fliqs_nas.found import ASSIGNMENT, QUANTIZERS
 from hwmpq.quantize.calibrate import calibrate
 from hwmpq.quantize.finetune import finetune
 from hwmpq.quantize.judge import judge, predict
@@ -59,6 +61,8 @@ PARTS = ("search", "controls", "ablation", "formats")
 CALIBRATION, SENSITIVITY, RANDOM, NEAR = 512, 128, 3, 0.97
 #: Share of the target that integers and floats are compared at.
 WIDE = 1.15
+#: Of integers and of floats, in the plot.
+COLOURS = ("#30638e", "#d1495b")
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +178,12 @@ class Bench:
             bops=cells, legal=np.ones(cells.shape, bool), budgets={"bops": share * self.target},
         )  # fmt: skip
 
-    def made(self, plan: Assignment, numbers: Quantizers, told: Mapping[str, Any]) -> Made:
+    def made(
+        self, name: str, plan: Assignment, numbers: Quantizers, told: Mapping[str, Any]
+    ) -> Made:
+        """With its files in the row's folder."""
+        write_json(self.out / name / ASSIGNMENT, dict(plan))
+        numbers.save(self.out / name / QUANTIZERS)
         problem = self.problem(MENUS["mixed"])
         share = float(shares(problem, index_of(problem, plan))["bops"])
         return Made(self.graph, plan, numbers, share, told)
@@ -197,7 +206,7 @@ class Bench:
                 "entropy": found.policy.entropy(), "most probable": found.best,
                 "most probable cost": float(shares(problem, best)["bops"]),
             }  # fmt: skip
-            return self.made(plan, found.shared.quantizers(plan), told)
+            return self.made(name, plan, found.shared.quantizers(plan), told)
 
         plan: Assignment = self.rows.row(name, make)["plan"]
         return plan
@@ -212,7 +221,7 @@ class Bench:
             file = folder / "checkpoint.safetensors"
             found = finetune(self.graph, plan, self.start, self.train, settings, file)
             told = {"steps": settings.steps, "seconds": found.seconds}
-            return self.made(plan, found.quantizers, told)
+            return self.made(name, plan, found.quantizers, told)
 
         self.rows.row(name, make)
 
@@ -255,6 +264,31 @@ def formats(bench: Bench) -> None:
         bench.searched(f"wide-{menu}-0", menu, 0, WIDE)
     for name in MENUS["mixed"]:
         bench.trained(f"uniform-{name}", bench.uniform(name))
+    drawn(bench.rows.kept, bench.out / "formats.html")
+
+
+def drawn(rows: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against cost: every format alone, and what was searched, by family."""
+    from plotly.graph_objects import Figure
+
+    figure = Figure()
+    alone = {menu: [f"uniform-{name}" for name in MENUS[menu]] for menu in ("int", "float")}
+    searched = {
+        menu: [n for n in rows if n.startswith((f"{menu}-", f"wide-{menu}-"))] for menu in alone
+    }
+    for (menu, names), colour in zip(alone.items(), COLOURS, strict=True):
+        shown = sorted(names, key=lambda n: rows[n]["cost / target"])
+        for kind, own, mark in (("alone", shown, "circle"), ("searched", searched[menu], "star")):
+            figure.add_scatter(
+                x=[rows[n]["cost / target"] for n in own], y=[rows[n]["simulated"] for n in own],
+                text=[n.removeprefix("uniform-") for n in own], name=f"{menu}, {kind}",
+                mode="lines+markers+text" if kind == "alone" else "markers+text",
+                textposition="top center", marker={"symbol": mark, "size": 11, "color": colour},
+            )  # fmt: skip
+    figure.update_layout(
+        template="plotly_white", xaxis_title="bit operations, of the target", yaxis_title="top-1, %"
+    )
+    figure.write_html(path)
 
 
 def options(about: str, train: str, share: str, seeds: int) -> argparse.ArgumentParser:

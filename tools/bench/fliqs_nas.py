@@ -6,8 +6,8 @@
 Both train from the start, equally long, taught by the model; both are MobileNetV2's stages, the
 fixed one as they are in the paper (kernel 3, expansion 6, full width and depth), the other with all
 that `fliqs-nas` chooses from. The target is a share of the latency that the target's cost model
-foretells for the fixed one in w8a8. Rows and runs are kept in DIR: started again it goes on.
-Accuracies are the exact simulator's; nothing is compiled.
+foretells for the fixed one in w8a8. Rows and runs are kept in DIR, with what `hwmpq compile` takes:
+started again it goes on. Accuracies are the exact simulator's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hwmpq.frontend.model import load_model
 from hwmpq.graph import network_of
 from hwmpq.methods.fliqs.policy import shares
 from hwmpq.methods.fliqs.settings import parsed
-from hwmpq.methods.fliqs_nas.found import numbers
+from hwmpq.methods.fliqs_nas.found import numbers, write
 from hwmpq.methods.fliqs_nas.prices import Prices, foretold
 from hwmpq.methods.fliqs_nas.space import ArchitectureSpace, graph_of, space_for
 from hwmpq.methods.fliqs_nas.train import DEFAULTS, search
@@ -83,6 +83,7 @@ def main() -> None:
                 plan = found.solution.choice
                 share = shares(found.problem, index_of(found.problem, plan))["latency_s"]
                 own = numbers(found.shared, found.graph, plan)
+                write(run, found, own)
                 return Made(found.graph, plan, own, float(share), found.told)
 
             rows.row(f"{name}-{seed}", make)
