@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import traceback
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq.errors import InputError, UnsafeFile
+from hwmpq.errors import HwmpqError, InputError, UnsafeFile
 
 Channels = tuple[float, ...]
 Normalization = tuple[Channels, Channels]
@@ -282,15 +283,29 @@ def named_object(spec: str) -> object:
             "package.module:callable",
             "Its folder must be on Python's path (PYTHONPATH).",
         ) from error
+    except Exception as error:  # the module is the user's: whatever it raises
+        raise _raised(f"importing {module}", error) from error
     return found
 
 
+def _raised(what: str, error: Exception) -> InputError:
+    """What the user's own code raised; the next step is its traceback."""
+    told = "".join(traceback.format_exception(error))
+    return InputError(f"{what} raised an error", f"{type(error).__name__}: {error}", next=told)
+
+
 def call_named(spec: str) -> object:
-    """Import `package.module:callable` and call it. Raises InputError where there is none."""
+    """Import `package.module:callable` and call it. Raises InputError where there is none, or it
+    raises an error."""
     function = named_object(spec)
     if not callable(function):
         raise InputError(spec, type(function).__name__, "a callable without arguments")
-    result: object = function()
+    try:
+        result: object = function()
+    except HwmpqError:
+        raise
+    except Exception as error:  # the function is the user's: whatever it raises
+        raise _raised(f"calling {spec}", error) from error
     return result
 
 

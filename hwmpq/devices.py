@@ -207,5 +207,7 @@ def _entries(file: Path) -> dict[str, dict[str, Any]]:
         raise InputError(f"device file {file}", "another value", "[devices.NAME] tables")
     for name, entry in devices.items():
         if "name" in entry:
-            raise InputError(f"device {name!r} in {file}", "name", next="The table names it.")
+            raise InputError(
+                f"device {name!r} in {file} has a key `name`", next="The table names it: remove it."
+            )
     return devices

@@ -22,8 +22,8 @@ from collections.abc import Iterable
 class HwmpqError(Exception):
     """Base of all deliberate errors.
 
-    what: the thing that is wrong; got: the offending value; allowed: what would be accepted;
-    next: the next step for the user.
+    what: the thing that is wrong; got: the offending value, or a list of lines that begins with a
+    line break; allowed: what would be accepted; next: the next step for the user.
     """
 
     code = "error"
@@ -37,16 +37,17 @@ class HwmpqError(Exception):
         super().__init__(self._text())
 
     def _text(self) -> str:
-        text = self.what
+        text, got = self.what, _named(self.got)
+        is_list = got.startswith("\n")
         if self.got is not None:
-            text += f": got {self.got}"
+            text += f":{got}" if is_list else f": got {got}"
         if self.allowed is not None:
             allowed = self.allowed
             if isinstance(allowed, (list, tuple, set, frozenset)):
                 allowed = ", ".join(map(str, allowed))
             text += f"; allowed: {allowed}"
         if self.next:
-            text += f". {self.next}"
+            text += f"\n{self.next}" if is_list else f". {self.next}"
         return text
 
     def to_json(self) -> dict[str, object]:
@@ -54,7 +55,7 @@ class HwmpqError(Exception):
         allowed = self.allowed
         if isinstance(allowed, (tuple, set, frozenset)):
             allowed = sorted(map(str, allowed))
-        got = None if self.got is None else str(self.got)
+        got = None if self.got is None else _named(self.got)
         return {
             "code": self.code,
             "what": self.what,
@@ -62,6 +63,19 @@ class HwmpqError(Exception):
             "allowed": allowed,
             "next": self.next,
         }
+
+
+def _named(got: object) -> str:
+    """A list of names with commas between them, anything else as it is."""
+    if isinstance(got, (list, tuple)) and got and all(isinstance(name, str) for name in got):
+        return ", ".join(got)
+    return str(got)
+
+
+def in_words(error: Exception) -> str:
+    """What is wrong with a file by the error that reading it led to: an entry that is not there, or
+    the error's text."""
+    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
 
 
 class InputError(HwmpqError):

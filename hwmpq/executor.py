@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import shutil
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,6 +214,7 @@ class _Actor:
 
     def __init__(self, answer: Answer):
         self._answer = answer
+        self._place = _folder_for_life()
         self._given: dict[str, str] = {}
 
     def call(
@@ -223,7 +225,7 @@ class _Actor:
         given = dict(request["payload"]["payload"])
         if reads:
             given["reads"] = [self._folder(name, files) for name, [files] in reads.items()]
-        here = tempfile.mkdtemp(prefix="hwmpq-")
+        here = tempfile.mkdtemp(dir=self._place)
         try:
             there = given.get("folder")
             given["folder"] = here
@@ -239,11 +241,28 @@ class _Actor:
         import ray
 
         if name not in self._given:
-            path = Path(tempfile.mkdtemp(prefix="hwmpq-"))
+            path = Path(tempfile.mkdtemp(dir=self._place))
             for file, content in ray.get(files).items():
                 (path / file).write_bytes(content)
             self._given[name] = str(path)
         return self._given[name]
+
+
+def _folder_for_life() -> str:
+    """A folder that is removed when this process ends, even by SIGKILL.
+
+    A shell waits for the end of a pipe that this process alone keeps open; it is in the background,
+    no child of this one, as Ray kills the children of its actors with them.
+    """
+    folder = tempfile.mkdtemp(prefix="hwmpq-")
+    command = ["sh", "-c", 'exec 3<&0; (cat <&3; rm -rf "$0") &', folder]
+    quiet = subprocess.DEVNULL
+    reads, _ = os.pipe()
+    with os.fdopen(reads) as end:
+        subprocess.run(
+            command, stdin=end, stdout=quiet, stderr=quiet, start_new_session=True, check=True
+        )
+    return folder
 
 
 def _packed(folder: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, in_words
 
 _MOST_BYTES = 2**36
 
@@ -62,7 +62,7 @@ class Launches:
             found = Launches(told["arch"], buffers, inputs, parameters, outputs, calls)
             found._check()
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise InputError(f"damaged list of launches of {of}", repr(error)) from error
+            raise InputError(f"damaged list of launches of {of}", in_words(error)) from error
         return found
 
     def _check(self) -> None:

@@ -65,6 +65,7 @@ from hwmpq.stages.result import (
     result_json,
     status_of,
 )
+from hwmpq.stages.reuse import explained
 from hwmpq.stages.verify import Accuracy, Jury
 from hwmpq.types import Assignment
 
@@ -115,6 +116,7 @@ def gather(job: Job, clock: Clock, images: Images) -> Facts:
     limit = budgets.parse_latency(o.latency)
     if limit and limit.of not in baseline_names(menu):
         raise InputError(f"budget relative to {limit.of!r}", None, baseline_names(menu))
+    cache = explained(job, menu, images)
     with clock.time("sensitivity"):
         quantizers = calibrate(job, images, menu)
     with clock.time("profile"):
@@ -126,7 +128,7 @@ def gather(job: Job, clock: Clock, images: Images) -> Facts:
     strange = monotone_violations(loss)
     if strange:
         job.progress.note(f"loss not monotone in bits: {', '.join(strange[:5])}")
-    return Facts(images, menu, quantizers, loss, latency)
+    return Facts(images, menu, quantizers, loss, latency, cache)
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +288,7 @@ def _finish(
         rounds=plan.rounds, seconds=bench.clock.seconds, out=out, made=attempt.made,
         split=facts.images.split, new_timings=facts.latency.new_timings,
         failures=facts.latency.failures, estimator=facts.loss.estimator,
-    )  # fmt: skip
+    ) | facts.cache  # fmt: skip
     curve = frontier_rows(points)
     for point in curve:
         if judged := plan.judged.get(frozen(point["assignment"])):

@@ -224,7 +224,9 @@ def read(path: Path) -> Target:
             f"unreadable target file {path}", error, "a TOML file", "Correct it, or move it away."
         ) from error
     if "name" in data:
-        raise InputError(f"target file {path}", "name", next="The name is that of the file.")
+        raise InputError(
+            f"target file {path} has a key `name`", next="The file names it: remove it."
+        )
     try:  # as JSON: the strict reading of it takes lists for sets and tables for dataclasses
         text = json.dumps({"name": path.stem, **data}, default=str)
         target = _schema().validate_json(text)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, in_words
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
@@ -65,7 +65,7 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise InputError(f"not a readable safetensors file: {path}", repr(error)) from error
+        raise InputError(f"not a readable safetensors file: {path}", error.strerror) from error
     return parse(raw, path)
 
 
@@ -90,7 +90,7 @@ def parse(raw: bytes, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, st
         ImportError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
         struct.error,
     ) as error:  # fmt: skip
-        raise InputError(f"not a readable safetensors file: {path}", repr(error)) from error
+        raise InputError(f"not a readable safetensors file: {path}", in_words(error)) from error
     return tensors, metadata
 
 

@@ -22,6 +22,9 @@ def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HWMPQ_STORE", f"sqlite:///{tmp_path / 'hwmpq-store.db'}")
     monkeypatch.setenv("HWMPQ_DEVICES", str(devices))
     monkeypatch.delenv("HWMPQ_TARGET_PATH", raising=False)
+    # unset here and, whatever a command that ran in this process asked of TVM, afterwards
+    monkeypatch.setenv("TVM_USE_RUNTIME_LIB", "")
+    monkeypatch.delenv("TVM_USE_RUNTIME_LIB")
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def _check_names(folder: Path, files: Mapping[str, str], libraries: Iterable[str
     parts = [part for name in libraries for part in spec.parts(name).values()]
     for name in (*parts, spec.PARAMETERS):
         if name not in files:
-            raise InputError(f"the manifest of {folder} does not list a file", name, next=_AGAIN)
+            raise InputError(f"the manifest of {folder} does not list {name}", next=_AGAIN)
     reserved = {MANIFEST, signature.FILE}
     for name in files:
         if name in ("", ".", "..") or name in reserved or set(name) & set("/\\\0"):
@@ -101,7 +101,7 @@ def _check_names(folder: Path, files: Mapping[str, str], libraries: Iterable[str
     present = _names(folder)
     for name in files:
         if name not in present:
-            raise InputError(f"artifact {folder} lacks a file", name, next=_AGAIN)
+            raise InputError(f"artifact {folder} lacks {name}", next=_AGAIN)
     more = sorted(present - set(files) - reserved)
     if more:
         raise InputError(
@@ -127,10 +127,10 @@ def read(folder: Path, name: str) -> bytes:
         with open(folder / name, "rb", opener=_open) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
-                raise InputError(f"artifact {folder} lacks a file", name, next=_AGAIN)
+                raise InputError(f"artifact {folder} lacks {name}", "no plain file", None, _AGAIN)
             most = _MOST_BYTES.get(name, about.st_size)
             if about.st_size > most:
                 raise InputError(f"size of {name} in {folder}", about.st_size, f"{most} bytes")
             return file.read(about.st_size)
     except OSError as error:
-        raise InputError(f"artifact {folder} lacks a file", name, next=_AGAIN) from error
+        raise InputError(f"artifact {folder} lacks {name}", error.strerror, None, _AGAIN) from error

@@ -59,7 +59,7 @@ def load(
     if threads is not None and (threads < 1 or built_for == 1 < threads):
         raise InputError(
             "threads", threads, "1" if built_for == 1 else "1 or more",
-            f"The artifact was built for {built_for}; `--threads` of compile says for how many.",
+            f"The artifact was built for {built_for}; `hwmpq compile --threads N` builds it for N.",
         )  # fmt: skip
     _check_cpu(target)
     names = libraries(contents.manifest)
@@ -108,7 +108,7 @@ def _parameters(contents: Contents, raw: bytes) -> dict[str, Array]:
     for entry in (contents.manifest, *contents.manifest.get("batches", ())):
         missing = [name for name in entry["parameters"] if name not in arrays]
         if missing:
-            raise InputError(f"{PARAMETERS} of artifact {contents.path} lacks a tensor", missing[0])
+            raise InputError(f"{PARAMETERS} of artifact {contents.path} lacks {missing[0]}")
     return arrays
 
 

@@ -20,7 +20,7 @@ from hwmpq.cli import (
     stores,
     target,
 )
-from hwmpq.cli.output import failure, perform
+from hwmpq.cli.output import INTERRUPTED, failure, perform
 
 app = typer.Typer(
     name="hwmpq",
@@ -28,7 +28,8 @@ app = typer.Typer(
     "the device really reaches, and compiles it.\n\n"
     "Start: hwmpq quantize zoo:digits_cnn --data digits --latency 0.7x\n\n"
     "Results go to stdout, progress to stderr. Exit codes: 0 met, 2 bad input, 3 infeasible, "
-    "4 missed, 5 accuracy, 6 slower than fp32, 7 device or store lost, 70 internal error.",
+    "4 missed, 5 accuracy, 6 slower than fp32, 7 device or store lost, 70 internal error, "
+    "130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -73,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     except _UsageError as error:
         return _refuse(error, arguments)
     except typer.Abort:
-        return 1
+        return INTERRUPTED
     return code if isinstance(code, int) else 0
 
 

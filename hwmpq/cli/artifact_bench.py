@@ -142,7 +142,7 @@ def _timed(cells: Sequence[Cell], protocol: Protocol, worker: WorkerProcess) -> 
     timings = [CellTiming.from_json(item) for item in reply["cells"]]
     for timing in timings:
         if timing.error:
-            raise InputError(f"{timing.key} could not be timed", timing.error)
+            raise InputError(f"cannot time {timing.key}", timing.error)
     return timings
 
 

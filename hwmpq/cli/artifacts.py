@@ -139,7 +139,7 @@ def bench(
     artifact_jobs.require(require_signature)
     other = Against(*against, weights) if against else None
     return artifact_bench.bench_artifact(
-        artifact, rounds, threads, seed, duration(sustain), other, data, limit
+        artifact, rounds, threads, seed, duration(sustain, "--sustain"), other, data, limit
     )
 
 

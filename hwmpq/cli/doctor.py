@@ -114,7 +114,7 @@ def _packages() -> str:
     found = versions()
     missing = [name for name in RECORDED if name not in found]
     if missing:
-        raise InputError("not installed", ", ".join(missing), next="Run: pip install hwmpq")
+        raise InputError(f"not installed: {', '.join(missing)}", next="Run: pip install hwmpq")
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 

@@ -12,7 +12,7 @@ from hwmpq.cli import options as shared
 from hwmpq.cli.command import command
 from hwmpq.cli.output import Answer
 from hwmpq.cli.progress import reporter
-from hwmpq.errors import InputError
+from hwmpq.errors import HwmpqError, InputError
 
 _PANEL = "The main job and its parts"
 #: Exit codes of what a search may end in; others are 0.
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
     estimated = (n for n in names if n not in shared.GOAL)
     command(app, *estimated, "executor", panel=_PANEL)(sensitivity)
     where = (*shared.MODEL, *shared.TARGET, "allow_estimates")
-    profiled = (*where, "formats", "pins", "tune", "processes", "executor")
+    profiled = (*where, "formats", "pins", "tune", "processes", "executor", "explain_cache")
     command(app, *profiled, *shared.WORK, panel=_PANEL)(profile)
     command(app, *shared.JOB, *shared.TRAIN, panel=_PANEL)(search)
     compiled = (*shared.MODEL, *shared.TARGET, *shared.DATA, "store", "out")
@@ -168,16 +168,17 @@ def search(
     if method.trained and explain:
         raise InputError("--explain", f"with --method {job.method}", "methods that estimate")
     if method.design:
-        if problem:
-            raise InputError("--problem", f"with --method {job.method}", "other methods")
+        for name, value in (("--problem", problem), ("--explain-cache", job.explain_cache)):
+            if value:
+                raise InputError(name, f"with --method {job.method}", "other methods")
         network = search_network(job, reporter())
         return Answer(network, lambda console: tables.pairs(console, network))
     if method.trained:
         trained = search_by_training(job, reporter(), problem)
-        return Answer(trained, lambda console: tables.pairs(console, trained))
+        return Answer(trained, lambda console: tables.searched(console, trained, explain))
     found = search_model(job, reporter(), explain, problem)
-    error = found.get("error") or {}
-    note = f"error: {error['what']}: {error['got']}" if error else ""
+    error = {name: part for name, part in found.get("error", {}).items() if name != "code"}
+    note = f"error: {HwmpqError(**error)}" if error else ""
     exit_code = _SEARCHED.get(str(found.get("status")), 0)
     return Answer(found, lambda console: tables.searched(console, found, explain), exit_code, note)
 

@@ -21,8 +21,9 @@ class _Parser(argparse.ArgumentParser):
     as_json = False
 
     def error(self, message: str) -> NoReturn:
-        told = {"code": "error", "what": message, "got": None, "allowed": None, "next": _NEEDED}
-        answer = failure(told, 2, f"{message}. {_NEEDED}")
+        step = f"See {self.prog} --help. {_NEEDED}"
+        told = {"code": "error", "what": message, "got": None, "allowed": None, "next": step}
+        answer = failure(told, 2, f"{message}. {step}")
         sys.exit(perform(lambda: answer, _Parser.as_json))
 
 
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     timed = add(
         "bench", "Time whole runs.",
         lambda g: artifact_bench.bench_artifact(
-            g.artifact, g.rounds, g.threads, g.seed, sustain_s=duration(g.sustain)
+            g.artifact, g.rounds, g.threads, g.seed, sustain_s=duration(g.sustain, "--sustain")
         ),
     )  # fmt: skip
     timed.add_argument("--rounds", type=int, default=24)

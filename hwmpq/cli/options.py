@@ -236,6 +236,14 @@ TABLE: dict[str, tuple[Any, Any]] = {
         ),
         False,
     ),
+    "explain_cache": (
+        _option(
+            bool, "--explain-cache", _WORK,
+            "Also say what the store had, stage by stage, and why the rest did not fit: another "
+            "machine, other threads, other images, ...",
+        ),
+        False,
+    ),
 }  # fmt: skip
 
 MODEL = ("model", "weights", "input_shape")
@@ -246,7 +254,7 @@ CHOICE = ("formats", "pins", "ties", "method", "search", "sensitivity")
 WORK = ("store", "fresh", "max_time")
 TRAIN = ("train_data", "train", "train_out")
 #: The whole job: everything but --out, --dry-run and what only methods that train take.
-JOB = (*MODEL, *TARGET, "allow_estimates", *DATA, *GOAL, *CHOICE, *WORK)
+JOB = (*MODEL, *TARGET, "allow_estimates", *DATA, *GOAL, *CHOICE, *WORK, "explain_cache")
 
 
 def options(**given: Any) -> Options:
@@ -266,7 +274,7 @@ def options(**given: Any) -> Options:
     if "ties" in given:
         given["ties"] = tuple(given["ties"] or ())
     if "max_time" in given:
-        given["max_time"] = duration(given["max_time"])
+        given["max_time"] = duration(given["max_time"], "--max-time")
     return Options(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -47,10 +47,7 @@ def perform(body: Callable[[], Answer], as_json: bool) -> int:
         except HwmpqError as error:
             answer = _deliberate(error)
         except KeyboardInterrupt:
-            step = f"What was saved is kept; to go on: hwmpq {shlex.join(sys.argv[1:])}"
-            answer = failure(
-                _error("interrupted", "interrupted", step), INTERRUPTED, f"interrupted. {step}"
-            )
+            answer = _interrupted(sys.argv[1:])
         except Exception as error:
             answer = _unexpected(error)
         if answer.note:
@@ -65,6 +62,15 @@ def _deliberate(error: HwmpqError) -> Answer:
         told["next"] = "HWMPQ_DEBUG=1 shows the traceback."
         text = f"{text.partition('. Traceback (')[0]}. {told['next']}"
     return failure(told, error.exit_code, text)
+
+
+def _interrupted(words: list[str]) -> Answer:
+    """The same command goes on, but --fresh would not read what was saved."""
+    again = [word for word in words if word != "--fresh"]
+    anew = " (with --fresh it begins anew)" if again != words else ""
+    step = f"What was saved is kept; to go on{anew}: hwmpq {shlex.join(again)}"
+    told = _error("interrupted", "interrupted", step)
+    return failure(told, INTERRUPTED, f"interrupted. {step}")
 
 
 def _unexpected(error: Exception) -> Answer:

@@ -15,7 +15,7 @@ _COLOURS = {"met": "bold green", "infeasible": "bold red", "error": "bold red"}
 #: Columns that hold words; all others hold numbers and are aligned to the right.
 _WORDS = frozenset(
     "layer format kernel execution op shape model target source origin fingerprint features "
-    "device cores formats status".split()
+    "device cores formats status stage why".split()
 )
 
 
@@ -33,6 +33,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") 
 def quantized(console: Console, result: Any) -> None:
     """The whole result of quantize: layers, totals, baselines, verdict."""
     told = result.json
+    cache(console, told)
     if told.get("dry_run"):
         planned(console, told)
         return
@@ -45,6 +46,18 @@ def quantized(console: Console, result: Any) -> None:
     for name in ("artifact", "report"):
         if told.get(name):
             console.print(Text(f"{name}: {told[name]}"))
+
+
+def cache(console: Console, told: Mapping[str, Any]) -> None:
+    """What the store had for each stage, and why not the rest, where that was asked."""
+    rows: list[list[str]] = []
+    for stage in told.get("cache") or []:
+        first, *others = [f"{n}: {why}" for why, n in stage["why"].items()] or [""]
+        rows.append([stage["stage"], str(stage["reused"]), str(stage["new"]), first])
+        rows += [["", "", "", why] for why in others]
+    if rows:
+        console.print(table(["stage", "reused", "new", "why"], rows))
+        console.print()
 
 
 def planned(console: Console, told: Mapping[str, Any]) -> None:
@@ -136,6 +149,7 @@ def baselines(console: Console, told: Mapping[str, Any]) -> None:
 
 def frontier(console: Console, found: Mapping[str, Any]) -> None:
     """One line per plan."""
+    cache(console, found)
     plans = found.get("frontier") or found.get("plans") or []
     rows = []
     for plan in plans:
@@ -160,6 +174,7 @@ def _per_ms(per_s: float | None) -> str:
 
 def grid(console: Console, found: Mapping[str, Any], key: str) -> None:
     """A value per layer and format: [[...]] in the order of layers and formats, or nested."""
+    cache(console, found)
     show = words.seconds if key == "latency_s" else words.loss
     cells, names = found.get(key), list(found.get("formats") or [])
     layers = [x if isinstance(x, str) else x.get("name", "") for x in found.get("layers") or []]
@@ -199,6 +214,7 @@ def inspected(console: Console, found: Mapping[str, Any]) -> None:
 
 def searched(console: Console, found: Mapping[str, Any], explain: bool) -> None:
     """A solution; with explain what else every layer could have taken."""
+    cache(console, found)
     hidden = ("prices", "conflict")
     pairs(console, {key: value for key, value in found.items() if key not in hidden})
     for line in facts(found):

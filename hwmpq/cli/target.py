@@ -78,7 +78,9 @@ def probe(
 
 def _written(name: str, out: Path) -> Answer:
     if name != "native":
-        raise InputError("NAME with --out", name, next="The file is about this machine: leave it.")
+        raise InputError(
+            "NAME with --out", name, next="The file is about this machine: leave NAME out."
+        )
     from hwmpq.side_jobs import probe_machine
 
     target = probe_machine(out, reporter())

@@ -54,7 +54,7 @@ def _read(path: Path) -> Any:
         import onnx
     except ImportError:
         raise InputError(
-            "ONNX models need the package onnx", None, None, "pip install 'hwmpq[onnx]'."
+            "ONNX models need the package onnx", next="Run: pip install 'hwmpq[onnx]'"
         ) from None
     if not path.is_file():
         raise InputError("no such model file", path, "an ONNX file")
@@ -252,8 +252,9 @@ class _Builder:
         if self.refused:
             raise UnsupportedModel(
                 f"{len(self.refused)} nodes of the ONNX model cannot be taken",
-                "\n  " + "\n  ".join(self.refused), None, "Replace them, or cut the model before.",
-            )  # fmt: skip
+                "\n  " + "\n  ".join(self.refused),
+                next="Replace them, or cut the model before them.",
+            )
         self._free()
         return self.module.eval()
 

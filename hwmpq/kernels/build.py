@@ -88,7 +88,7 @@ def archive(executable: Any, path: Path, target: Target) -> None:
 
     packer = f"{target.triple}-ar" if target.foreign else "ar"
     if shutil.which(packer) is None:
-        raise InputError("no program to pack objects with", packer, None, "Install binutils.")
+        raise InputError(f"packing objects needs {packer}", next="Install binutils.")
     executable.export_library(str(path), fcompile=cc.create_staticlib, ar=packer)
 
 

@@ -50,7 +50,7 @@ def check_tools(target: Target) -> None:
             "Run it on a device of that kind: see `hwmpq devices`.",
         )  # fmt: skip
     if lacking := missing(target):
-        raise InputError(f"emulating {target.name} lacks", ", ".join(lacking), None, DEBIAN)
+        raise InputError(f"emulating {target.name} needs {', '.join(lacking)}", next=DEBIAN)
 
 
 def link(executable: Any, triple: str, path: Path) -> None:
@@ -59,7 +59,7 @@ def link(executable: Any, triple: str, path: Path) -> None:
 
     compiler = f"{triple}-gcc"
     if shutil.which(compiler) is None:
-        raise InputError("no cross compiler to link with", compiler, None, DEBIAN)
+        raise InputError(f"linking for {triple} needs {compiler}", next=DEBIAN)
     executable.export_library(str(path), fcompile=cc.cross_compiler(compiler))
 
 

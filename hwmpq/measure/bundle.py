@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, in_words
 from hwmpq.measure import kit
 from hwmpq.measure.protocol import Cell, CellTiming, Protocol
 from hwmpq.measure.runner import MANIFEST, VERSION, parse, read_limited
@@ -123,7 +123,7 @@ def read_result(path: Path) -> Result:
             raise InputError(f"result {path}: its manifest is not that of the bundle", next=_AGAIN)
         name = found["fingerprint"]
         if not re.fullmatch(r"[\w-]{1,80}", name, re.ASCII):
-            raise InputError("fingerprint", repr(name))
+            raise InputError(f"fingerprint in result {path}", repr(name), "letters, digits, - _")
         rows = {item["key"]: item["row"] for item in manifest["cells"]}
         timings = [_plausible(key, item) for key, item in found["timings"].items()]
         return Result(
@@ -133,7 +133,7 @@ def read_result(path: Path) -> Result:
             [(rows[timing.key], timing) for timing in timings],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"damaged result {path}", repr(error), next=_AGAIN) from error
+        raise InputError(f"damaged result {path}", in_words(error), next=_AGAIN) from error
 
 
 def _plausible(key: str, data: Mapping[str, Any]) -> CellTiming:
@@ -143,7 +143,7 @@ def _plausible(key: str, data: Mapping[str, Any]) -> CellTiming:
         if not low <= value <= high:
             raise InputError(f"time of {key}", value, f"{low:g} to {high:g} s")
     if timing.key != key or not isinstance(timing.error, str):
-        raise InputError("timing", timing.key, key)
+        raise InputError("key of a timing", timing.key, key)
     if bool(timing.samples_s) == bool(timing.error):
         raise InputError(f"timing of {key}", timing.error, "times, or an error")
     return timing

@@ -53,12 +53,14 @@ def set_up(name: str, target: Target, note: Callable[[str], None]) -> Device:
     lacking = [t for t in (target.emulator[0], *_TOOLS) if shutil.which(t) is None]
     if lacking:
         raise InputError(
-            "an emulated device needs", ", ".join(lacking), None,
-            "On Debian: apt install qemu-user-static.",
-        )  # fmt: skip
+            f"an emulated device needs {', '.join(lacking)}",
+            next="On Debian: apt install qemu-user-static.",
+        )
     known = devices.load_all().get(name)
     if known is not None and not known.emulated:
-        raise InputError("device name is taken", name, None, f"See {devices.path()}.")
+        raise InputError(
+            "device name is taken", name, None, f"Choose another; it stands in {devices.path()}."
+        )
     fetch(note)
     found = device(name, target)
     if known is None:

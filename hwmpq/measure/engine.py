@@ -71,7 +71,7 @@ def _postgres(address: Address) -> sa.Engine:
     except ModuleNotFoundError as error:
         raise InputError(
             "a PostgreSQL store needs psycopg", str(error),
-            next="pip install 'hwmpq[postgres]'",
+            next="Run: pip install 'hwmpq[postgres]'",
         ) from None  # fmt: skip
     sa.event.listen(engine, "begin", _begin_postgres)
     return engine

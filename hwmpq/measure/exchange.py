@@ -18,7 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, in_words
 from hwmpq.measure import schema
 from hwmpq.types import digest
 
@@ -63,8 +63,9 @@ def read(path: Path) -> list[Item]:
     try:
         return [_checked(name, values, path) for name, values in reader(path)]
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        text = f"{type(error).__name__}: {error}"
-        raise InputError(f"store export {path}", text, "a file of `store export`") from None
+        raise InputError(
+            f"store export {path}", in_words(error), "a file of `hwmpq store export`"
+        ) from None
 
 
 def content(values: Mapping[str, Any]) -> str:
@@ -163,7 +164,7 @@ def _arrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        step = "pip install 'hwmpq[parquet]', or use .csv or .jsonl."
+        step = "Run: pip install 'hwmpq[parquet]'; or use .csv or .jsonl."
         raise InputError("Parquet files need pyarrow", str(error), next=step) from None
     return pyarrow
 

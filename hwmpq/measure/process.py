@@ -118,7 +118,9 @@ class WorkerProcess:
                 start_new_session=True,  # its own process group: killing reaches its children too
             )
         except OSError as error:
-            raise DeviceError("cannot start the worker", error, next=self.command[0]) from None
+            raise DeviceError(
+                f"cannot start the worker by {self.command[0]}", error.strerror
+            ) from None
         self._reader = threading.Thread(target=self._drain, args=(process.stderr,), daemon=True)
         self._reader.start()
         self._process = process

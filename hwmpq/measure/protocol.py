@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hwmpq.errors import DeviceError, InputError, WorkerCrashed, WorkerTimeout
+from hwmpq.errors import DeviceError, InputError, WorkerCrashed, WorkerTimeout, in_words
 from hwmpq.measure.process import WorkerProcess
 from hwmpq.types import FloatArray, reject_unknown
 
@@ -211,7 +211,7 @@ def _answered(reply: Mapping[str, Any], key: str) -> CellTiming:
     except InputError as error:
         return CellTiming(key, error=f"answer of the worker: {error}")
     except (KeyError, TypeError, ValueError) as error:
-        raise DeviceError(f"answer of the worker about {key}", repr(error)) from None
+        raise DeviceError(f"answer of the worker about {key}", in_words(error)) from None
 
 
 def _keep(place: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

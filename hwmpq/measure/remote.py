@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hwmpq.artifact.golden import SAMPLES, Replay
 from hwmpq.devices import Device
-from hwmpq.errors import DeviceError, InputError
+from hwmpq.errors import DeviceError, InputError, in_words
 from hwmpq.measure import kit, onsite
 from hwmpq.measure.process import WorkerProcess
 
@@ -36,7 +36,6 @@ _FILES = ("library", "launches", "args", "expected", "loop", "path")
 #: Reads the program from stdin, checks it, and hands over. Arguments: its bytes, SHA-256, settings.
 _BOOT = f"""
 import hashlib, os, sys, tempfile, zlib
-sys.modules["torch"] = None  # tvm_ffi would import it, where there is one, for seconds
 size, right = int(sys.argv[1]), sys.argv[2]
 data = b""
 while len(data) < size:
@@ -181,7 +180,7 @@ class RemoteArtifact:
             data = base64.b64decode(answer["outputs"], validate=True)
             found: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
         except (KeyError, TypeError, ValueError, OSError) as error:
-            raise DeviceError("outputs from the device", repr(error)) from None
+            raise DeviceError("outputs from the device", in_words(error)) from None
         if found.dtype != np.float32 or len(found) != len(images):
             raise DeviceError("outputs from the device", f"{found.dtype} {list(found.shape)}")
         return found

@@ -150,7 +150,9 @@ def back_up(path: Path, version: int) -> Path:
             source.close()
             target.close()
     except sqlite3.Error as error:
-        raise StoreError(f"backup {part}", error, next="Nothing was changed.") from error
+        raise StoreError(
+            f"cannot write backup {part}", error, next="Nothing was changed."
+        ) from error
     if not same or healthy != "ok":
         raise StoreError(f"backup {part} differs from the store", healthy, next="Try again.")
     part.replace(copy)

@@ -73,7 +73,7 @@ def identity(target: Target) -> str:
     guest.check_tools(target)
     lacking = [name for name in (_emulator(target), "gcc") if shutil.which(name) is None]
     if lacking:
-        raise InputError(f"estimating {target.name} lacks", ", ".join(lacking), None, _DEBIAN)
+        raise InputError(f"estimating {target.name} needs {', '.join(lacking)}", next=_DEBIAN)
     return f"{SOURCE}-{model.cpu}-{model.clock_hz / 1e6:.0f}MHz-{Path(_llvm('mca')).name}"
 
 

@@ -165,6 +165,14 @@ class Store:
             return None
         return row["blob"] if row["value"] is None else json.loads(row["value"])
 
+    def keys(self, stage: str) -> set[str]:
+        """The keys of all facts of a stage."""
+        column = schema.facts.c.key
+        query = sa.select(column).where(schema.facts.c.stage == stage).distinct()
+        with self._reading() as connection:
+            found = connection.execute(query).scalars()
+            return {key for key in found if self._sees(schema.facts, (stage, key))}
+
     # moving
 
     def export_file(self, path: str | Path) -> int:

@@ -26,9 +26,9 @@ def need(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            "optional packages are not installed", ", ".join(missing), None,
-            "Run: pip install 'hwmpq[bench]'.",
-        )  # fmt: skip
+            f"optional packages are not installed: {', '.join(missing)}",
+            next="Run: pip install 'hwmpq[bench]'",
+        )
 
 
 def check_precision(runtime: str, precision: str, allowed: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, in_words
 from hwmpq.kernels import CODEGEN_VERSION
 from hwmpq.predict.analytic import TERMS
 from hwmpq.predict.boost import Point, Settings
@@ -33,7 +33,7 @@ MODEL, HEADS, CARD, ROWS = "model.ubj", "heads.ubj", "card.toml", "rows.jsonl"
 _MAX_BYTES = 256 << 20
 _PROBES = 16
 _HEAD = "# Written by hwmpq.predict; its numbers are read back exactly.\n"
-_AGAIN = "Train it again: python tools/train_cost_model.py --target {target}."
+_AGAIN = "Train it again: `hwmpq cost-model train --target {target}`."
 
 
 def save(predictor: Predictor, folder: Path) -> None:
@@ -58,7 +58,7 @@ def load(folder: Path, target: Target | None) -> Predictor:
         return _predictor(card, folder, target)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
-            f"values of the card {folder / CARD}", repr(error),
+            f"values of the card {folder / CARD}", in_words(error),
             next="Get the folder again, or train the model again.",
         ) from error  # fmt: skip
 
@@ -181,7 +181,7 @@ def _read_card(folder: Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(
             f"no readable cost model in {folder}", error, f"{MODEL}, {HEADS}, {CARD} and {ROWS}",
-            "Train one: python tools/train_cost_model.py --help.",
+            "Run `hwmpq cost-model sample`, then `hwmpq cost-model train`.",
         ) from error  # fmt: skip
     if card.get("card") != CARD_VERSION:
         raise InputError(

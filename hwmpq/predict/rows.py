@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, in_words
 from hwmpq.formats import Format, format_named
 from hwmpq.predict.analytic import Work, resolve, work
 from hwmpq.predict.features import F32, of_work
@@ -72,7 +72,7 @@ class Row:
                 tuple(map(float, data.get("again_s", ()))),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError("row of a cost model", repr(error)) from None
+            raise InputError("row of a cost model", in_words(error)) from None
 
 
 def group_of(workload: Workload) -> str:

@@ -69,7 +69,7 @@ def find_score(kind: str, word: str, known: Mapping[str, Score]) -> Score:
     """A score of `known`, or the user's function. Raises UnknownName, InputError."""
     if ":" not in word:
         if word not in known:
-            raise UnknownName(kind, word, known)
+            raise UnknownName(kind, word, known, "Or give package.module:callable.")
         return known[word]
     function = named_object(word)
     if not callable(function):

@@ -17,7 +17,9 @@ def read(path: Path) -> Entry:
     """An evaluation.json. Raises InputError for another kind of file."""
     found = json_of(path)
     if not is_evaluation(found):
-        raise InputError(f"{path} is no evaluation", None, f"the {EVALUATION} of `target evaluate`")
+        raise InputError(
+            f"{path} is no evaluation", None, f"the {EVALUATION} of `hwmpq target evaluate`"
+        )
     return dict(found)
 
 

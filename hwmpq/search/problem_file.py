@@ -173,7 +173,9 @@ def _finite(what: str, value: Any, least: float | None = None) -> FloatArray:
     numbers: FloatArray = raw.astype(np.float64)
     if not np.isfinite(numbers).all():
         raise InputError(
-            f"{what} has a non-finite value", allowed="finite numbers", next="Use legal."
+            f"{what} has a non-finite value",
+            allowed="finite numbers",
+            next="Mark what is impossible in `legal`.",
         )
     if least is not None and (numbers < least).any():
         raise InputError(f"{what} has a negative value", float(numbers.min()), f">= {least:g}")

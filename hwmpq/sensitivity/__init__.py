@@ -2,8 +2,9 @@
 
 An estimator file states one constant, `ESTIMATOR`: a function (Task) -> Sensitivity. Its name is
 the file's, with '-' for '_'. Other packages add some by the entry-point group `hwmpq.sensitivity`.
-The file may also state `GRADIENTS = True` where it differentiates the loss, and in `LOSSES` the
-names of all losses that it can take: () where it looks at none.
+The file may also state `GRADIENTS = True` where it differentiates the loss, `PAIRS = True` where it
+gives terms of pairs, and in `LOSSES` the names of all losses that it can take: () where it looks at
+none.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ def names() -> tuple[str, ...]:
 def needs_gradients(name: str) -> bool:
     """Whether an estimator differentiates the loss. Raises UnknownName."""
     return bool(getattr(_module(name), "GRADIENTS", False))
+
+
+def has_pairs(name: str) -> bool:
+    """Whether an estimator gives the terms of pairs, too. Raises UnknownName."""
+    return bool(getattr(_module(name), "PAIRS", False))
 
 
 def check_loss(name: str, loss: str) -> None:

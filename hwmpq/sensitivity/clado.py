@@ -10,6 +10,8 @@ from hwmpq.sensitivity.pairs import measured_pairs
 from hwmpq.sensitivity.task import Task
 from hwmpq.types import Sensitivity
 
+PAIRS = True
+
 
 def ESTIMATOR(task: Task) -> Sensitivity:
     """ΔL per cell as `measured`, and the terms of all pairs of cells."""

@@ -14,6 +14,8 @@ from hwmpq.sensitivity.pairs import measured_pairs
 from hwmpq.sensitivity.task import Task
 from hwmpq.types import Sensitivity
 
+PAIRS = True
+
 
 def blocks(graph: Graph) -> dict[str, int]:
     """layer -> number of its block, in execution order; blocks without layers are not counted."""

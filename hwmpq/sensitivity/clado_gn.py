@@ -19,6 +19,7 @@ from hwmpq.sensitivity.rerun import Outputs, Runs
 from hwmpq.sensitivity.task import GROUPS, Cells, Estimate, Task
 from hwmpq.types import FloatArray, Sensitivity
 
+PAIRS = True
 LOSSES = ("cross-entropy", "kl")
 
 

@@ -23,6 +23,7 @@ from hwmpq.stages.build import make_artifact
 from hwmpq.stages.facts import calibrate
 from hwmpq.stages.job import Job, Options, Progress, Silent, load_images, open_job
 from hwmpq.stages.menu import make_menu
+from hwmpq.stages.place import check_above
 from hwmpq.stages.refine import refine
 from hwmpq.stages.verify import replayed, running
 from hwmpq.types import Assignment
@@ -49,6 +50,7 @@ def compile_model(
             "the output folder holds something else", out, "a new folder or an artifact",
             "Choose another --out.",
         )  # fmt: skip
+    check_above(out)
     here = options.device != "local" or not _elsewhere(options.target)
     opened = open_job(options, progress or Silent(), here=here, timed=False)
     with opened.store:
@@ -119,9 +121,9 @@ def complete(job: Job, assignment: Mapping[str, str]) -> Assignment:
     missing = [name for name in names if name not in assignment]
     if missing:
         raise InputError(
-            f"the assignment lacks {len(missing)} of {len(names)} layers", ", ".join(missing), None,
-            "Name a format for every layer; `hwmpq inspect` lists them.",
-        )  # fmt: skip
+            f"the assignment lacks {len(missing)} of {len(names)} layers: {', '.join(missing)}",
+            next="Name a format for every layer; `hwmpq inspect` lists them.",
+        )
     return {name: assignment[name] for name in names}
 
 

@@ -14,6 +14,7 @@ from hwmpq.stages.job import Job, Options, Progress, Silent, load_images, open_j
 from hwmpq.stages.latency import LatencyFacts, profile
 from hwmpq.stages.menu import Menu, make_menu
 from hwmpq.stages.pricing import unknown_cells
+from hwmpq.stages.reuse import explained
 from hwmpq.stages.schedule import timed_kernel
 from hwmpq.stages.tuning import tune
 from hwmpq.types import FloatArray
@@ -27,6 +28,7 @@ def profile_model(options: Options, progress: Progress | None = None) -> dict[st
     job = open_job(options, progress or Silent())
     with job.store:
         menu = make_menu(job.network, job.target, options.formats, options.pins)
+        cache = explained(job, menu)
         tuned = tune(job, menu, options.tune)
         facts = profile(job, menu)
         schedules = _schedules(job, menu)
@@ -37,6 +39,7 @@ def profile_model(options: Options, progress: Progress | None = None) -> dict[st
         "schedules": schedules, "tuned": tuned,
         "new_timings": facts.new_timings, "failures": facts.failures, "target": job.target.name,
         "threads": options.threads, "fingerprint": job.fingerprint,
+        **cache,
     }  # fmt: skip
 
 
@@ -78,6 +81,7 @@ def sensitivity_model(
     with job.store:
         images = load_images(job)
         menu = make_menu(job.network, job.target, options.formats, options.pins, options.ties)
+        cache = explained(job, menu, images, times=False)
         found = sensitivities(job, images, menu, calibrate(job, images, menu))
     return {
         "version": 1, "model": options.model, "target": job.target.name,
@@ -88,6 +92,7 @@ def sensitivity_model(
         "layer_runs": found.layer_runs,
         "layer_runs_without_reuse": found.layer_runs_without_reuse,
         "not_monotone": list(monotone_violations(found)), "data": images.split,
+        **cache,
     }  # fmt: skip
 
 

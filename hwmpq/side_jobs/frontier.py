@@ -57,6 +57,7 @@ def frontier_model(options: Options, progress: Progress | None = None) -> dict[s
         "overhead_s": ground.latency.overhead_s, "estimator": facts.loss.estimator,
         "new_timings": ground.latency.new_timings, "failures": ground.latency.failures,
         "data": facts.images.split, "seconds": clock.seconds,
+        **facts.cache,
     }  # fmt: skip
 
 

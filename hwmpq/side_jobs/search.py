@@ -41,6 +41,7 @@ from hwmpq.stages.menu import Menu, make_menu, uniform
 from hwmpq.stages.predicted import fill_in
 from hwmpq.stages.pricing import price, table
 from hwmpq.stages.result import layer_rows
+from hwmpq.stages.reuse import explained
 from hwmpq.stages.verify import float_logits, simulated_drop
 from hwmpq.types import Assignment, Problem, Sensitivity, Solution
 
@@ -67,6 +68,7 @@ def search_model(
     with job.store:
         images = load_images(job)
         menu = make_menu(job.network, job.target, options.formats, options.pins, options.ties)
+        cache = explained(job, menu, images)
         facts = known_latencies(job, menu)
         loss = _known_losses(job, images, menu)
         seconds = limit_of_prices(job, menu, facts, limit)
@@ -81,7 +83,7 @@ def search_model(
             "version": 1, "status": solution.status, "model": options.model,
             "target": job.target.name, "threads": options.threads, "minimize": problem.minimize,
             "budget": dict(problem.budgets), "overhead_s": facts.overhead_s,
-            "estimator": loss.estimator,
+            "estimator": loss.estimator, **cache,
         }  # fmt: skip
         if solution.status == "infeasible":
             error, why = infeasible(problem, solution), conflicts.conflict(problem, *asked[1:])
@@ -148,9 +150,8 @@ def priced_problem(job: Job, menu: Menu, loss: Sensitivity, facts: LatencyFacts)
     found = table(job, menu, facts)
     if not np.isfinite(found.fixed_s):
         raise InputError(
-            "operators between the layers without a measured time", None, None,
-            "Run `hwmpq profile` first.",
-        )  # fmt: skip
+            "operators between the layers have no measured time", next="Run `hwmpq profile` first."
+        )
     return make_problem(job, menu, loss, found, given_limits(job))
 
 

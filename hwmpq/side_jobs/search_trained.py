@@ -27,6 +27,7 @@ from hwmpq.stages.job import Job, Options, Progress, Silent, load_images, open_j
 from hwmpq.stages.latency import LatencyFacts
 from hwmpq.stages.menu import Menu, make_menu
 from hwmpq.stages.pricing import LatencyTable
+from hwmpq.stages.reuse import explained
 from hwmpq.types import Problem, Sensitivity
 
 
@@ -41,6 +42,7 @@ def search_by_training(
         images = load_images(job)
         menu = make_menu(job.network, job.target, options.formats, options.pins, options.ties)
         none = _no_losses(job, menu)
+        cache = explained(job, menu, times=limit is not None)
         if limit is None:
             latency, problem = LatencyFacts({}, {}), _untimed(job, menu, none)
         else:
@@ -62,7 +64,7 @@ def search_by_training(
             "budget": dict(problem.budgets), "assignment": solution.choice,
             "latency_s": solution.latency_s, "nbytes": solution.nbytes, "bops": solution.bops,
             "accuracy": accuracies(job, solution.choice, {"found": numbers}, images.test),
-            "files": files, **chosen.told,
+            "files": files, **chosen.told, **cache,
         }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, in_words
 from hwmpq.formats import format_named
 from hwmpq.kernels import CODEGEN_VERSION, Kernel, Schedule
 from hwmpq.kernels import glue as glue_kernels
@@ -16,7 +16,7 @@ from hwmpq.kernels.glue.cell import from_json, to_json
 from hwmpq.measure import Cell, CellTiming, WorkerProcess, toolchain
 from hwmpq.measure.bundle import Packed, Result, pack, read_result
 from hwmpq.measure.store import Store
-from hwmpq.stages.cells import Builder, glue_fact, glue_key, layer_key, protocol_of
+from hwmpq.stages.cells import Builder, circumstances, glue_fact, glue_key, layer_key, protocol_of
 from hwmpq.stages.job import Job
 from hwmpq.stages.menu import Menu
 from hwmpq.stages.schedule import cell_call, choice_fact, choice_key
@@ -87,7 +87,7 @@ def take_in(store: Store, path: Path) -> Result:
         rows = [_stored(result, row, timing) for row, timing in result.rows]
         choices = _choices(result)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"damaged result {path}", repr(error)) from error
+        raise InputError(f"damaged result {path}", in_words(error)) from error
     for row in rows:
         if isinstance(row, Measurement):
             store.put(row, result.target, result.fingerprint, result.toolchain, result.origin)
@@ -125,7 +125,8 @@ def _stored(
     if row["kind"] == "glue":
         call = from_json(row["call"])
         key = glue_key(glue_kernels.key(call), row["tvm"], result.fingerprint)
-        return key, glue_fact(to_json(call), timing)
+        made = circumstances(result.fingerprint, result.target, result.toolchain)
+        return key, glue_fact(to_json(call), made, timing)
     workload, fmt = Workload.from_json(row["workload"]), format_named(row["format"])
     if timing.samples_s and workload.macs > MAX_MACS_PER_S * min(timing.samples_s):
         raise InputError(

@@ -69,16 +69,23 @@ def glue_key(call: str, tvm: Mapping[str, Any], device: str) -> str:
     return digest([call, dict(tvm), PROTOCOL, device])
 
 
+def circumstances(device: str, target: str, toolchain: Mapping[str, Any]) -> dict[str, str]:
+    """The parts of a cell's key beside its call, by name."""
+    codegen = str(toolchain.get("codegen", "unknown"))
+    return {"fingerprint": device, "target": target, "codegen": codegen}
+
+
 def glue_fact(
-    call: Mapping[str, Any], timing: CellTiming | None, error: str = ""
+    call: Mapping[str, Any], made: Mapping[str, str], timing: CellTiming | None, error: str = ""
 ) -> dict[str, Any]:
-    """What the store keeps of a timed glue kernel. call: of `glue.cell.to_json`; error: why there
-    is no timing."""
+    """What the store keeps of a timed glue kernel. call: of `glue.cell.to_json`; made: of
+    `circumstances`; error: why there is no timing."""
+    told = {"call": dict(call), "circumstances": dict(made)}
     if timing is None:
-        return {"samples_s": [], "speed_factor": 1.0, "error": error, "call": dict(call)}
+        return {"samples_s": [], "speed_factor": 1.0, "error": error, **told}
     factor = timing.quality.get("speed_factor", 1.0)
     return {"samples_s": list(timing.samples_s), "speed_factor": factor, "error": timing.error,
-            "call": dict(call)}  # fmt: skip
+            **told}  # fmt: skip
 
 
 def glue_seconds(fact: Mapping[str, Any]) -> float:
@@ -247,12 +254,13 @@ class CellBench:
     def glue(self, calls: list[GlueCall]) -> list[tuple[GlueCall, float]]:
         built = self.builder.glue({glue_kernels.key(call): call for call in calls})
         timings = self._timed(built)
+        made = circumstances(self.device, self.job.target.name, self.toolchain)
         results = []
         for call in calls:
             key = glue_kernels.key(call)
             cell = built[key]
             error = cell if isinstance(cell, str) else "not timed"
-            fact = glue_fact(to_json(call), timings.get(key), error)
+            fact = glue_fact(to_json(call), made, timings.get(key), error)
             self.job.store.put_fact("glue", glue_key(key, self.job.target.tvm, self.device), fact)
             results.append((call, glue_seconds(fact)))
         return results

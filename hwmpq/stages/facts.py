@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 SENSITIVITY_IMAGES, SENSITIVITY_LARGE = 64, 32
 #: Part of the sensitivities' keys: raise it when an estimator or the simulator changes.
 SENSITIVITY_VERSION = 4
+#: Stage of the facts that tell the parts of those keys, for who asks why one does not fit.
+KEYS: Final = "sensitivity key"
 #: How activations are calibrated where nothing else is asked.
 RANGES: Final = "mse"
 PERCENTILE: Final = 99.99
@@ -39,13 +41,14 @@ PERCENTILE: Final = 99.99
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """All that is known before anything is chosen."""
+    """All that is known before anything is chosen. cache: of `reuse.explained`."""
 
     images: Images
     menu: Menu
     quantizers: Quantizers
     loss: Sensitivity
     latency: LatencyFacts
+    cache: dict[str, Any] = field(default_factory=dict)
 
 
 def calibrate(
@@ -93,8 +96,9 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
     """loss[L, F] of every legal cell, item by item kept in the store."""
     from hwmpq import sensitivity
 
-    name, part, keys = _asked(job, images)
+    name, part, keys = asked(job, images)
     able = _able(job, menu)
+    job.store.put_fact(KEYS, keys.own, keys.parts)
 
     def save(item: str, value: Kept) -> None:
         job.store.put_fact("sensitivity", keys.of(item), value)
@@ -131,7 +135,7 @@ def sensitivities(job: Job, images: Images, menu: Menu, quantizers: Quantizers) 
             next="Leave these formats out (--formats, --pin), or look at the model's outputs.",
         )  # fmt: skip
     if found.pair_loss is not None:
-        job.store.put_fact("sensitivity", _pairs_key(job, menu, keys), found.pair_loss.tobytes())
+        job.store.put_fact("sensitivity", pairs_key(job, menu, keys), found.pair_loss.tobytes())
     return found
 
 
@@ -162,7 +166,7 @@ def _estimate(
 
     from hwmpq import sensitivity
 
-    name, part, keys = _asked(job, images)
+    name, part, keys = asked(job, images)
     labels = None if part.labels is None else torch.from_numpy(part.labels)
     return sensitivity.estimate(
         name, quantizers.graph(job.graph), quantizers,
@@ -174,16 +178,16 @@ def _estimate(
 
 def stored_sensitivities(job: Job, images: Images, menu: Menu) -> Sensitivity:
     """loss[L, F] as far as the store has it; nan elsewhere, but 0 for fp32. Pairs: all or none."""
-    name, part, keys = _asked(job, images)
+    name, part, keys = asked(job, images)
     done = _done(job, keys)
     able = _able(job, menu)
     loss = np.full(able.shape, np.nan)
     for i, j in np.argwhere(able):
         if menu.formats[j] == "fp32":
             loss[i, j] = 0.0
-        elif kept := done(f"{job.network.names[i]}|{menu.formats[j]}"):
+        elif kept := done(item_of(job.network.names[i], menu.formats[j])):
             loss[i, j] = float(kept[0])
-    pairs = job.store.fact("sensitivity", _pairs_key(job, menu, keys))
+    pairs = job.store.fact("sensitivity", pairs_key(job, menu, keys))
     matrix = None if pairs is None else np.frombuffer(pairs).reshape(loss.size, loss.size)
     return Sensitivity(job.network.names, menu.formats, loss, name, len(part), pair_loss=matrix)
 
@@ -194,12 +198,21 @@ def _able(job: Job, menu: Menu) -> BoolArray:
     return np.array(rows, bool)
 
 
+def item_of(layer: str, fmt: str) -> str:
+    """Under which name every estimator keeps what it finds of a cell."""
+    return f"{layer}|{fmt}"
+
+
 @dataclass(frozen=True)
 class Keys:
-    """How the keys of facts begin: those of one estimator, and those that all of them share."""
+    """How the keys of facts begin: those of one estimator, and those that all of them share.
+
+    parts: what `own` is a digest of, by name.
+    """
 
     own: str
     shared: str
+    parts: Mapping[str, Any]
 
     def of(self, item: str) -> str:
         from hwmpq.sensitivity.task import SHARED
@@ -207,7 +220,7 @@ class Keys:
         return f"{self.shared if item.startswith(SHARED) else self.own}|{item}"
 
 
-def _asked(job: Job, images: Images) -> tuple[str, DataSet, Keys]:
+def asked(job: Job, images: Images) -> tuple[str, DataSet, Keys]:
     """The estimator, the images it looks at, and how the keys of its facts begin."""
     from hwmpq.quantize.scores import source_key
 
@@ -216,9 +229,17 @@ def _asked(job: Job, images: Images) -> tuple[str, DataSet, Keys]:
     count = min(SENSITIVITY_LARGE if large else SENSITIVITY_IMAGES, len(images.calib))
     part = images.calib.subset(np.linspace(0, len(images.calib) - 1, count).astype(int))
     o = job.options
-    common = [SENSITIVITY_VERSION, job.key, part.digest, images.calib.digest]
-    own = digest([*common, name, RANGES, o.ptq, o.seed, source_key(o.loss)])
-    return name, part, Keys(own, digest([*common, RANGES, o.ptq]))
+    # the values in this order are what the keys are digests of
+    common = {
+        "version": SENSITIVITY_VERSION, "model": job.key, "samples": part.digest,
+        "images": images.calib.digest,
+    }  # fmt: skip
+    calibration = {"ranges": RANGES, "ptq": list(o.ptq)}
+    parts = {
+        **common, "estimator": name, **calibration, "seed": o.seed, "loss": source_key(o.loss)
+    }  # fmt: skip
+    shared = {**common, **calibration}
+    return name, part, Keys(digest([*parts.values()]), digest([*shared.values()]), parts)
 
 
 def _done(job: Job, keys: Keys) -> Callable[[str], Kept | None]:
@@ -226,7 +247,7 @@ def _done(job: Job, keys: Keys) -> Callable[[str], Kept | None]:
     return lambda item: job.store.fact("sensitivity", keys.of(item))
 
 
-def _pairs_key(job: Job, menu: Menu, keys: Keys) -> str:
+def pairs_key(job: Job, menu: Menu, keys: Keys) -> str:
     """Of the pair matrix for all cells of the menu, kept as the bytes of float64."""
     able = _able(job, menu).tolist()
     return f"{keys.own}|pairs|{digest([job.network.names, menu.formats, able])}"

@@ -10,6 +10,7 @@ from hwmpq.stages.job import Images, Job
 from hwmpq.stages.latency import count_missing
 from hwmpq.stages.menu import make_menu
 from hwmpq.stages.result import LayerRow, Result
+from hwmpq.stages.reuse import explained
 
 #: Seconds to compile and time a cell, and to compile a layer of an artifact, as on a core of a
 #: Zen 3 at 3 GHz. An answer of this file is right to a factor of two, not better.
@@ -25,6 +26,7 @@ def forecast(job: Job, images: Images, spent: Mapping[str, float]) -> Result:
     """
     o = job.options
     menu = make_menu(job.network, job.target, o.formats, o.pins, o.ties)
+    cache = explained(job, menu, images)
     cells = count_missing(job, menu)
     runs = foreseen(job, images, menu, calibrate(job, images, menu))
     artifacts = len(baseline_names(menu)) + MIXED + PLANS
@@ -43,5 +45,6 @@ def forecast(job: Job, images: Images, spent: Mapping[str, float]) -> Result:
         "target": job.target.name, "device": job.device.name, "formats": list(menu.formats),
         "layers": layers, "forecast": steps,
         "minutes": sum(step["seconds"] for step in steps.values()) / 60, "seconds": dict(spent),
+        **cache,
     }  # fmt: skip
     return Result(json, rows, [], 0, None)

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hwmpq.errors import InputError
+from hwmpq.errors import InputError, UnknownName, in_words
 from hwmpq.formats import format_named
 from hwmpq.measure.bundle import PLAUSIBLE_S
 from hwmpq.measure.runner import read_limited
@@ -104,8 +104,10 @@ def _row(entry: Mapping[str, Any], where: str, target: str) -> Measurement:
         workload, seconds = workload_of(entry["workload"]), float(entry["latency_s"])
         threads, fmt = int(entry.get("threads") or 1), format_named(entry["format"])
         macs = workload.macs
+    except UnknownName as error:
+        raise InputError(f"{where}: {error.what}", error.got, error.allowed, error.next) from None
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(where, repr(error), "workload, format, seconds") from None
+        raise InputError(where, in_words(error), "workload, format, seconds") from None
     low, high = PLAUSIBLE_S
     if not low <= seconds <= high or threads < 1 or macs < 1:
         raise InputError(where, f"{seconds} s", f"{low:g} to {high:g} s, real sizes, 1 thread")

@@ -112,6 +112,7 @@ class Options:
     executor: str = "serial"
     allow_estimates: bool = False
     dry_run: bool = False
+    explain_cache: bool = False
 
 
 @dataclass(frozen=True, eq=False)

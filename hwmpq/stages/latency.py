@@ -67,9 +67,8 @@ def profile(job: Job, menu: Menu, measure: bool = True) -> LatencyFacts:
     layer cells begins once --max-time is used up. measure: False only reads the store.
     """
     began = time.monotonic()
-    device = job.fingerprint
-    layers, missing = _known_layers(job, menu, device)
-    glue, missing_glue = _known_glue(job, menu, device)
+    layers, missing = known_layers(job, menu)
+    glue, missing_glue = known_glue(job, menu)
     count = sum(len(block) for block in missing) + len(missing_glue)
     again = sum(item.failed for block in missing for item in block)
     new = 0
@@ -107,8 +106,8 @@ def profile(job: Job, menu: Menu, measure: bool = True) -> LatencyFacts:
 
 def count_missing(job: Job, menu: Menu) -> int:
     """Cells and glue kernels that `profile` would time."""
-    _, blocks = _known_layers(job, menu, job.fingerprint)
-    _, glue = _known_glue(job, menu, job.fingerprint)
+    _, blocks = known_layers(job, menu)
+    _, glue = known_glue(job, menu)
     return sum(map(len, blocks)) + len(glue)
 
 
@@ -119,7 +118,7 @@ def measure_cells(
 
     wanted: (workload key, format). One that fails then has no time.
     """
-    _, missing = _known_layers(job, menu, job.fingerprint)
+    _, missing = known_layers(job, menu)
     blocks = [[item for item in block if item.name in wanted] for block in missing]
     layers, unknown = dict(facts.layers), dict(facts.unknown)
     with (
@@ -136,8 +135,8 @@ def measure_cells(
     return replace(facts, layers=layers, unknown=unknown, new_timings=new)
 
 
-def _known_layers(
-    job: Job, menu: Menu, device: str
+def known_layers(
+    job: Job, menu: Menu
 ) -> tuple[dict[tuple[str, str], Measurement], list[list[LayerCell]]]:
     """What the store knows, and blocks (all formats of a workload) of what is to be measured.
 
@@ -155,7 +154,7 @@ def _known_layers(
             fmt = format_named(name)
             call = cell_call(layer.workload, fmt, job.options.threads)
             kernel = timed_kernel(job, kernel, layer.workload, fmt)
-            key = layer_key(kernel.cell(call), job.target.tvm, device)
+            key = layer_key(kernel.cell(call), job.target.tvm, job.fingerprint)
             found = job.store.measurement(key)
             if found is not None:
                 known[layer.workload.key, name] = found
@@ -166,7 +165,8 @@ def _known_layers(
     return known, blocks
 
 
-def _known_glue(job: Job, menu: Menu, device: str) -> tuple[dict[str, float], list[GlueCall]]:
+def known_glue(job: Job, menu: Menu) -> tuple[dict[str, float], list[GlueCall]]:
+    """As `known_layers`; those that move no data are known to take no time."""
     known: dict[str, float] = {}
     missing: dict[str, GlueCall] = {}
     for schedule in schedules(job, menu):
@@ -179,7 +179,7 @@ def _known_glue(job: Job, menu: Menu, device: str) -> tuple[dict[str, float], li
             if glue_kernels.is_view(step.call):
                 known[key] = 0.0
                 continue
-            fact = job.store.fact("glue", glue_key(key, job.target.tvm, device))
+            fact = job.store.fact("glue", glue_key(key, job.target.tvm, job.fingerprint))
             if fact is not None:
                 known[key] = glue_seconds(fact)
             if fact is None or is_transient(fact["error"]):

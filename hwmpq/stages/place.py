@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -47,11 +48,22 @@ def workshop(out: Path) -> Iterator[Path]:
 
 
 def check_place(out: Path) -> None:
-    """Raises InputError for a folder that may not be replaced."""
+    """Raises InputError for a folder that may not be replaced, or made."""
     if out.exists() and not is_ours(out):
         raise InputError(
             "the output folder holds something else", out,
             "a new folder or one that hwmpq made", "Choose another --out.",
+        )  # fmt: skip
+    check_above(out)
+
+
+def check_above(out: Path) -> None:
+    """Raises InputError where nothing can be made beside `out`."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(
+            f"cannot write beside {out}", above, "a folder that can be written",
+            "Choose another --out.",
         )  # fmt: skip
 
 

@@ -256,7 +256,7 @@ def test_an_imported_table_fills_what_was_not_measured(
         ("linear m=1 k=8 n=8 relu,w8a8,1e99", "line 2"),
         ("linear m=1 k=8 relu,w8a8,1e-5", "line 2"),
         ("softmax m=1 k=8,w8a8,1e-5", "line 2"),
-        ("linear m=1 k=8 n=8 relu,int8,1e-5", "int8"),
+        ("linear m=1 k=8 n=8 relu,int8,1e-5", "line 2: unknown format: got .int8"),
         ("linear m=1 k=8 n=8,w8a8,1e-5\nlinear m=1 k=8 n=8,w8a8,2e-5", "line 3.*second time"),
     ],
 )

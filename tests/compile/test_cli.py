@@ -16,6 +16,7 @@ import pytest
 
 import hwmpq.cli
 from hwmpq.artifact.folder import read_manifest, sha256
+from hwmpq.errors import InfeasibleError
 
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(hwmpq.__file__).resolve().parents[1]
@@ -232,7 +233,7 @@ def test_compile_refuses_an_unreadable_assignment(cli: Run, tmp_path: Path) -> N
         (["--target", "x86-avx3"], "unknown target"),
         (["--device", "locl"], "unknown device"),
         (["--latency", "fast"], "latency budget"),
-        (["--max-time", "soon"], "a time"),
+        (["--max-time", "soon"], "--max-time"),
         (["--input-shape", "a,b"], "--input-shape"),
     ],
 )
@@ -302,8 +303,11 @@ def test_what_the_pipeline_finds_is_shown(
 def test_search_without_a_plan_is_exit_3(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hwmpq.side_jobs.search_model", lambda *_: {"status": "infeasible"})
+    error = InfeasibleError("no plan meets the budgets", "1 ms", "at least 2 ms", "Loosen them.")
+    found = {"status": "infeasible", "error": error.to_json()}
+    monkeypatch.setattr("hwmpq.side_jobs.search_model", lambda *_: found)
     assert hwmpq.cli.main(["search", "m", "--json"]) == 3
+    assert f"error: {error}\n" in capfd.readouterr().err
 
 
 def test_the_table_of_quantize(

@@ -79,8 +79,15 @@ def test_processes_find_the_same_and_one_may_die(estimate: Callable[..., Sensiti
         assert same(estimate("clado-gn", pool), estimate("clado-gn"))
 
 
-def test_ray_finds_the_same_and_an_actor_may_die(estimate: Callable[..., Sensitivity]) -> None:
+def test_ray_finds_the_same_and_an_actor_may_die(
+    estimate: Callable[..., Sensitivity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of them stays on the disk."""
     ray = pytest.importorskip("ray", reason="needs hwmpq[ray]")
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())  # its sockets need short paths
+    place = tmp_path / "actors"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with open_pool("ray", WorkerProcess, answer) as pool:
@@ -97,6 +104,11 @@ def test_ray_finds_the_same_and_an_actor_may_die(estimate: Callable[..., Sensiti
             thread.join()
             assert len(pool.workers) == 2
             assert same(found, estimate("clado"))
+            assert any(place.iterdir())
+        end = time.monotonic() + 20
+        while any(place.iterdir()):
+            assert time.monotonic() < end, "the actors left something"
+            time.sleep(0.05)
     finally:
         ray.shutdown()
 

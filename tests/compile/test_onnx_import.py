@@ -179,7 +179,7 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return real(name, *more, **words)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(InputError, match=r"need the package onnx. pip install 'hwmpq\[onnx\]'"):
+    with pytest.raises(InputError, match=r"the package onnx. Run: pip install 'hwmpq\[onnx\]'"):
         load_model(str(tmp_path / "a.onnx"))
 
 

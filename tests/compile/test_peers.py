@@ -140,7 +140,7 @@ def test_programs_are_timed_in_one_block(files: dict[str, Path]) -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"not installed: got no_such_package.*hwmpq\[bench\]"):
+    with pytest.raises(InputError, match=r"not installed: no_such_package.*hwmpq\[bench\]"):
         peers.need("numpy", "no_such_package")
     with pytest.raises(UnknownName, match="unknown runtime: got 'tensorrt'"):
         Rival("zoo:digits_cnn").program("tensorrt")

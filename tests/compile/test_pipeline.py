@@ -207,11 +207,15 @@ def test_artifact_replays_and_keeps_its_promised_accuracy(first: Result) -> None
 
 
 def test_rerun_measures_nothing_and_chooses_the_same(first: Result, runs: Runs) -> None:
-    again = runs()
+    again = runs(explain_cache=True)
     assert again.assignment == first.assignment
     assert again.json["new_timings"] == 0
     with Store.open(runs.store) as store:
         assert {row.generation for row in store.rows()} == {1}
+    cache = again.json["cache"]
+    assert [stage["stage"] for stage in cache] == ["layer cells", "glue cells", "sensitivities"]
+    assert all(stage["reused"] > stage["new"] == 0 for stage in cache)
+    assert "cache" not in first.json
 
 
 def test_solve_again_takes_well_under_a_second(first: Result) -> None:
@@ -342,13 +346,17 @@ def test_a_folder_of_others_is_refused_before_any_work(tmp_path: Path, name: str
     assert (out / name).read_text() == "[]"
     with pytest.raises(InputError, match="holds something else"):
         quantize_model(Options(model="zoo:digits_cnn", data="digits", out=str(out / name)))
+    with pytest.raises(InputError, match=r"cannot write beside .*a folder that can be written"):
+        quantize_model(Options(model="zoo:digits_cnn", data="digits", out=str(out / name / "b")))
 
 
 def test_dry_run_writes_nothing(first: Result, runs: Runs) -> None:
     out = runs.folder / "dry"
     told = runs(dry_run=True, out=str(out)).json
     assert told["status"] == "planned" and told["dry_run"] and not out.exists()
-    known, new = told["forecast"], runs(dry_run=True, out=str(out), fresh=True).json["forecast"]
+    anew = runs(dry_run=True, out=str(out), fresh=True, explain_cache=True).json
+    known, new = told["forecast"], anew["forecast"]
+    assert sum(stage["new"] for stage in anew["cache"][:2]) == new["profile"]["cells"]
     assert known["profile"]["cells"] == 0 < new["profile"]["cells"]
     assert known["sensitivity"]["layer_runs"] <= new["sensitivity"]["layer_runs"]
     assert told["minutes"] * 60 == pytest.approx(sum(step["seconds"] for step in known.values()))

@@ -371,7 +371,7 @@ def test_compile_refuses_quantizers_of_another_model(options: Options, tmp_path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"conv2": None, "fc": None}, "lacks 2 of 6 layers: got conv2, fc"),
+        ({"conv2": None, "fc": None}, "lacks 2 of 6 layers: conv2, fc"),
         ({"conv3": "fp32"}, "unknown layer in the assignment: got 'conv3'.*Nearest: conv2"),
         ({"conv2": "e4m3", "fc": "e5m2"}, "2 layers cannot run.*conv2 in e4m3: .*fc in e5m2: "),
         ({"conv2": "w8a9"}, "unknown format"),

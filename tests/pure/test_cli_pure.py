@@ -213,6 +213,9 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(sys, "argv", ["hwmpq", "quantize", "zoo:m", "--pin", "fc=fp32|bf16"])
     assert perform(body, as_json=False) == 130
     assert "to go on: hwmpq quantize zoo:m --pin 'fc=fp32|bf16'" in capfd.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["hwmpq", "profile", "zoo:m", "--fresh"])
+    assert perform(body, as_json=False) == 130
+    assert "(with --fresh it begins anew): hwmpq profile zoo:m\n" in capfd.readouterr().err
 
 
 def test_completion_of_a_word() -> None:
@@ -412,13 +415,13 @@ def test_lost_store_is_exit_7(cli: Any, tmp_path: Path) -> None:
     ("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("10m", 600), ("2 h", 7200), (None, None)]
 )
 def test_durations(text: str | None, seconds: float | None) -> None:
-    assert durations.duration(text) == seconds
+    assert durations.duration(text, "--sustain") == seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "-3", "0", "5 days"])
 def test_bad_durations(text: str) -> None:
-    with pytest.raises(InputError, match="a time"):
-        durations.duration(text)
+    with pytest.raises(InputError, match=r"--sustain: got .*a time such as"):
+        durations.duration(text, "--sustain")
 
 
 def test_shapes_and_words() -> None:

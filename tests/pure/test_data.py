@@ -29,6 +29,10 @@ def from_tests() -> data.DataSet:
     return data.DataSet(bytes_images(), np.arange(6), *PLAIN, name="")
 
 
+def failing() -> data.DataSet:
+    raise LookupError("no such folder of mine")
+
+
 def test_digits_parts_are_disjoint_and_fixed() -> None:
     train, test = data.load("digits#train"), data.load("digits")
     assert (len(train), len(test)) == (1257, 540)
@@ -99,6 +103,8 @@ def test_callable(monkeypatch: pytest.MonkeyPatch) -> None:
         data.load("collections:OrderedDict")
     with pytest.raises(InputError, match=r"cannot find no\.such:thing"):
         data.load("no.such:thing")
+    with pytest.raises(InputError, match="test_data:failing raised an error: got LookupError: no"):
+        data.load("test_data:failing")
 
 
 def test_split_is_seeded_and_disjoint() -> None:

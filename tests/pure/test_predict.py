@@ -325,7 +325,7 @@ def test_a_folder_that_does_not_fit_is_refused(
 
 
 def test_damaged_or_foreign_files_are_refused(predictor: Predictor, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no readable cost model .*train_cost_model\.py --help"):
+    with pytest.raises(InputError, match=r"no readable cost model .*Run `hwmpq cost-model sample`"):
         Predictor.load(tmp_path / "nothing")
     predictor.save(tmp_path)
     with pytest.raises(InputError, match="facts of the target of the cost model"):

@@ -109,9 +109,10 @@ def test_fresh_reads_only_its_own_and_deletes_nothing(store: Store, place: str) 
     newer = replace(SAMPLE, samples_s=(9e-6,))
     with Store.open(place, fresh=True) as fresh:
         assert fresh.measurement("k0") is None and fresh.measurements() == []
-        assert fresh.fact("s", "k") is None
+        assert fresh.fact("s", "k") is None and fresh.keys("s") == set()
         fresh.put(newer)
         fresh.put_fact("s", "k", 2)
+        assert fresh.keys("s") == {"k"} and fresh.keys("t") == set()
         assert fresh.measurement("k0") == newer and fresh.measurements() == [newer]
         assert fresh.fact("s", "k") == 2
     assert store.measurement("k0") == newer

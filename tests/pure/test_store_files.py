@@ -119,8 +119,8 @@ HEAD = '{"hwmpq_store": 1}\n'
     [
         ("x.jsonl", "", "an empty file"),
         ("x.jsonl", "{}\n", "version 1"),
-        ("x.jsonl", "[1]\n", "a file of `store export`"),
-        ("x.jsonl", "nonsense\n", "a file of `store export`"),
+        ("x.jsonl", "[1]\n", "a file of `hwmpq store export`"),
+        ("x.jsonl", "nonsense\n", "a file of `hwmpq store export`"),
         ("x.jsonl", '{"hwmpq_store": 9}\n', "version 1 to 2"),
         ("x.jsonl", HEAD + '{"table": "users"}\n', "columns of a table"),
         ("x.csv", "", "hwmpq_store"),

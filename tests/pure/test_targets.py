@@ -120,7 +120,7 @@ def test_extra_folder(folder: Path) -> None:
         ("rank = 10", "rank = 10\ncolour = 1", "colour: Unexpected"),
         ("rank = 10", "", "rank: Field required"),
         ("rank = 10", 'rank = "10"', "rank: Input should be a valid integer"),
-        ("rank = 10", 'rank = 10\nname = "b"', "The name is that of the file"),
+        ("rank = 10", 'rank = 10\nname = "b"', "The file names it: remove it"),
         ("l2 =", "l4 =", "caches.l2: Field required; caches.l4: Unexpected"),
         ("rounds =", "times =", "protocol.times: Unexpected"),
         ('"fma"', '"fmaa"', "unknown feature in target file .*board.toml: got 'fmaa'.*fma"),

@@ -15,7 +15,7 @@ from hwmpq.targets import Target
 def check_tools() -> None:
     """Raises InputError where kernels of a GPU cannot be compiled or emulated here."""
     if compiler.missing():
-        raise InputError("no compiler for GPUs", "NVRTC", None, compiler.INSTALL)
+        raise InputError("no compiler for GPUs (NVRTC)", next=compiler.INSTALL)
     emulate.check_tools()
 
 

@@ -101,7 +101,7 @@ def instructions(cubin: bytes) -> Counter[str]:
     """
     program = _find("bin/nvdisasm")
     if program is None:
-        raise InputError("no disassembler of machine code for GPUs", "nvdisasm", None, INSTALL)
+        raise InputError("no disassembler of machine code for GPUs (nvdisasm)", next=INSTALL)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -127,7 +127,7 @@ def _nvrtc() -> ctypes.CDLL:
     """Raises InputError where it is not installed."""
     path = _find(f"lib/{_LIBRARY}")
     if path is None:
-        raise InputError("no compiler for GPUs", _LIBRARY, None, INSTALL)
+        raise InputError(f"no compiler for GPUs ({_LIBRARY})", next=INSTALL)
     return ctypes.CDLL(str(path))
 
 

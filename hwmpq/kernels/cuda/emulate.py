@@ -126,7 +126,7 @@ def possible() -> bool:
 def check_tools() -> None:
     """Raises InputError without one."""
     if not possible():
-        raise InputError("emulating a GPU lacks", "g++", None, "On Debian: apt install g++")
+        raise InputError("emulating a GPU needs g++", next="On Debian: apt install g++")
 
 
 def run(code: str, launch: Launch, arrays: Sequence[Array]) -> str:

@@ -144,7 +144,7 @@ class IntegerMicro(Micro):
 
     def why_not(self, fmt: Format) -> str | None:
         if not fmt.is_integer:
-            return f"{self.name} multiplies integers, {fmt.name} is not"
+            return f"{self.name} multiplies integers, not {fmt.name}"
         if fmt.activation.bits > 8 or fmt.weight.bits > 8 * BYTES[self.w_dtype]:
             return f"{self.name} takes activations of at most 8 bits, and {self.w_dtype} weights"
         return None

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hwmpq import toolchain
 from hwmpq.measure.rpc import wire
 
 #: Name of the setting that holds the key, or the tracker's ticket.
@@ -31,8 +32,8 @@ def main(words: Sequence[str]) -> int:
     sink = os.dup(1)
     os.dup2(2, 1)  # stray prints of libraries
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-    sys.modules["torch"] = None  # type: ignore[assignment]  # tvm_ffi would import it, for seconds
-    from tvm import rpc
+    with toolchain.without_torch():
+        from tvm import rpc
 
     try:
         session = rpc.connect(host, port, os.environ.pop(KEY, ""))

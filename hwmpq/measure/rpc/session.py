@@ -22,6 +22,8 @@ import threading
 from collections.abc import Sequence
 from typing import IO, Any
 
+from hwmpq import toolchain
+
 #: How long `hear` waits; also how soon a client that went away is noticed, in seconds.
 WAIT_S = 1.0
 _PIECE_BYTES = 1 << 18
@@ -78,9 +80,9 @@ class Command:
 def main(words: Sequence[str]) -> None:
     """Serve the connection until the client leaves; the command then sees its pipes close."""
     os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
-    sys.modules["torch"] = None  # type: ignore[assignment]  # tvm_ffi would import it, for seconds
-    import tvm_ffi
-    from tvm.rpc import _ffi_api, server
+    with toolchain.without_torch():
+        import tvm_ffi
+        from tvm.rpc import _ffi_api, server
 
     command = Command()
     for name in ("start", "say", "hear"):

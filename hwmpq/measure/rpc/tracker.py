@@ -19,7 +19,7 @@ def serve(listening: socket.socket) -> None:
     except ImportError as error:
         raise InputError(
             "TVM's tracker needs tornado", str(error).splitlines()[0],
-            next="pip install 'hwmpq[rpc]'",
+            next="Run: pip install 'hwmpq[rpc]'",
         ) from None  # fmt: skip
     with listening:
         tracker._tracker_server(listening, secrets.token_hex(16))
