@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,9 @@ Array = NDArray[Any]
 #: random: full range; most, least: all activations at their largest code and all weights at theirs
 #: or at its negative: the largest sums that can occur.
 VALUES = ("random", "most", "least")
+#: Random elements repeat after so many: in a bundle they take little room, as deflate looks 32 KiB
+#: back. A prime, so that no row, block or vector is as another.
+PERIOD = 8191
 #: About the scale of weights.
 _SCALE = np.float32(0.01)
 
@@ -112,15 +117,20 @@ def _operand(
     if is_integer(encoding):
         low, high = int(kind.qmin), int(kind.qmax)
         if values == "random":
-            codes = rng.integers(low, high + 1, shape)
+            codes = _repeated(lambda count: rng.integers(low, high + 1, count), shape)
         else:
             codes = np.full(shape, sign * high)
         return codes.astype(memory_dtype(encoding))
     if values == "random":
-        numbers = rng.standard_normal(shape)
+        numbers = _repeated(rng.standard_normal, shape)
     else:  # large enough for fp16 to overflow when it is written
         numbers = np.full(shape, sign * 190.0)
     return np.asarray(kind.quantize(numbers.astype(np.float32)))
+
+
+def _repeated(random: Callable[[int], Array], shape: tuple[int, ...]) -> Array:
+    """A PERIOD of random elements, again and again."""
+    return np.resize(random(min(math.prod(shape), PERIOD)), shape)
 
 
 def _epilogue(
@@ -199,6 +209,6 @@ def _residual(
 ) -> Array:
     if is_integer(encoding):
         return _operand(rng, encoding, shape, "random", "")
-    numbers = rng.standard_normal(shape) * 0.5 * spread
+    numbers = _repeated(rng.standard_normal, shape) * 0.5 * spread
     numbers = np.abs(numbers) if positive else numbers
     return np.asarray(encoding_named(encoding).quantize(numbers.astype(np.float32)))

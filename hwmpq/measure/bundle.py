@@ -1,4 +1,4 @@
-"""A bundle: kernels, random inputs, how to time them, and a runner, in one tar file for a machine
+"""A bundle: kernels, random inputs, how to time them, and a runner, in one .tar.gz for a machine
 that cannot be reached from here; and the one result file that comes back.
 
     runner.py     starts hwmpq/measure/runner.py, which explains itself
@@ -12,6 +12,7 @@ It names no model, layer, user or host, and holds no weights: the arguments are 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -90,7 +91,11 @@ def pack(
     files[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
     aside = path.with_name(f"{path.name}.part")
     try:
-        with tarfile.open(aside, "w") as tar:
+        with (
+            aside.open("wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w") as tar,
+        ):
             for name, data in sorted(files.items()):
                 entry = tarfile.TarInfo(name)  # no owner, no date
                 entry.size = len(data)

@@ -33,7 +33,7 @@ PTQ = ("bias",)
 
 _ON_A_GPU = (
     "Times need such a GPU: run this there, describe that machine in {1} and give --device, or "
-    "pack the kernels with `hwmpq profile MODEL --target {0} --bundle out.tar`. `hwmpq compile` "
+    "pack the kernels with `hwmpq profile MODEL --target {0} --bundle out.tar.gz`. `hwmpq compile` "
     "needs none, and `hwmpq verify ARTIFACT --emulated` runs what it makes on this CPU."
 )
 IndexArray = NDArray[np.intp]

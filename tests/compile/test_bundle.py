@@ -49,7 +49,7 @@ def net() -> Any:
 
 @pytest.fixture(scope="module")
 def packed(options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundle") / "out.tar"
+    path = tmp_path_factory.mktemp("bundle") / "out.tar.gz"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
         made = side_jobs.bundle_model(replace(options, input_shape=(1, 1, 8, 8)), path)

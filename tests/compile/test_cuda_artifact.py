@@ -167,7 +167,7 @@ def test_an_artifact_without_a_gpu_tells_the_next_step(made: Path) -> None:
 
 @pytest.mark.skipif(driver.present(), reason="there is a GPU")
 def test_a_run_without_a_gpu_tells_the_next_step(options: Options, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot run target cuda-sm90.*--bundle out.tar"):
+    with pytest.raises(InputError, match=r"cannot run target cuda-sm90.*--bundle out.tar.gz"):
         quantize_model(replace(options, out=str(tmp_path / "out")))
 
 
@@ -195,9 +195,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "cell": kernel.cell(call), "tvm": dict(target.tvm),
     }  # fmt: skip
     protocol = Protocol(rounds=2, epoch_s=0.01, pin=False)
-    pack(folder / "out.tar", [[Packed(cell, row)]], protocol, TARGET, {"codegen": "0"})
-    assert (folder / "out.tar").stat().st_size < 1 << 20
-    with tarfile.open(folder / "out.tar") as tar:
+    pack(folder / "out.tar.gz", [[Packed(cell, row)]], protocol, TARGET, {"codegen": "0"})
+    assert (folder / "out.tar.gz").stat().st_size < 1 << 20
+    with tarfile.open(folder / "out.tar.gz") as tar:
         tar.extractall(folder / "there", filter="data")
     kernels_for(texts[0], folder / "kernels.so")
     return folder
