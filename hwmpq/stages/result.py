@@ -68,6 +68,11 @@ class Result:
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def status(self) -> str:
+        """Whether the budgets were met, in the contract's words."""
+        return str(self.json["status"])
+
+    @property
     def assignment(self) -> Assignment:
         return dict(self.json.get("assignment", {}))
 

@@ -270,6 +270,7 @@ def test_size_bounds_the_real_packed_weights(
 def test_pins_and_ties(first: Result, runs: Runs) -> None:
     result = runs(pins=("stem=w8a8", "conv*=w4a8|w8a8"), ties=("conv*", "*wise"), max_drop=100.0)
     chosen = result.assignment
+    assert result.status == result.json["status"]
     assert chosen["stem"] == "w8a8" and chosen["conv1"] == chosen["conv2"] != "fp32"
     assert chosen["depthwise"] == chosen["pointwise"]
     assert result.json["new_timings"] == 0
