@@ -9,9 +9,8 @@ PACKAGING := pyproject.toml setup.py constraints.txt
 demo: .venv/.installed
 	$(BIN)/hwmpq quantize zoo:digits_cnn --data digits --calib-data digits#train --latency 0.7x --max-drop 0.5 --out build/demo
 
-# Files in their order: the many small ones of tests/pure come last and keep both workers busy.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/.installed-dev
 	tools/check

@@ -62,8 +62,8 @@ def test_fit_takes_no_overhead_that_foretells_nothing() -> None:
 
 def test_glue_is_corrected_for_the_speed_of_its_block() -> None:
     timing = CellTiming("g", (2e-6, 4e-6, 3e-6), quality={"speed_factor": 0.5})
-    assert glue_seconds(glue_fact({}, timing)) == pytest.approx(1.5e-6)
-    failed = glue_fact({}, None, "compile: no")
+    assert glue_seconds(glue_fact({}, {}, timing)) == pytest.approx(1.5e-6)
+    failed = glue_fact({}, {}, None, "compile: no")
     assert failed["error"] == "compile: no" and glue_seconds(failed) == float("inf")
 
 

@@ -57,7 +57,7 @@ def test_a_probed_file_is_a_target(
     assert 0 < target.caches.l1d <= target.caches.l2
     for command, words in (
         (["--out", str(file)], "a new NAME.toml"),
-        (["x86-avx2", "--out", str(tmp_path / "b.toml")], "leave it"),
+        (["x86-avx2", "--out", str(tmp_path / "b.toml")], "leave NAME out"),
     ):
         assert hwmpq.cli.main(["target", "probe", *command]) == 2
         assert words in capfd.readouterr().err
