@@ -100,7 +100,7 @@ def sizes(*given: Any) -> Callable[[dict[str, Any]], None]:
         (sizes(2, True), "is damaged: no batches"),
         (lambda m: m["outputs"][0].update(shape=[2, 10]), "is damaged: no batches"),
         (lambda m: m["batches"][0].update(library="model.9.so"), "does not list model"),
-        (lambda m: m["batches"][1]["parameters"].append("w"), "lacks w"),
+        (lambda m: m["batches"][1]["parameters"].append("w"), "lacks w$"),
     ],
 )
 def test_a_damaged_batch(
