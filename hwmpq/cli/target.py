@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +17,6 @@ from hwmpq.errors import InputError
 
 group = typer.Typer(help="Look at a target, and test its kernels.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="See `hwmpq targets`.")]
-#: Cases per call of the worker; a crash costs the rest of a chunk a second try.
-_CHUNK = 25
-_DEADLINE_S = 600.0
 
 
 def probe(
@@ -106,7 +101,7 @@ def _by_kernel(formats: Mapping[str, list[str]]) -> dict[str, list[str]]:
 def check(
     name: Name = "native",
     everything: Annotated[
-        bool, typer.Option("--all", help="The whole grid: very many cases, hours.")
+        bool, typer.Option("--all", help="The whole grid: thousands of cases, most of an hour.")
     ] = False,
     limit: Annotated[
         int | None,
@@ -118,58 +113,27 @@ def check(
     Instructions that this CPU lacks are emulated; kernels for another kind of machine run as they
     are under its emulator (QEMU), where code for newer chips must be trapped. Kernels for a GPU are
     compiled for it, inspected (no spills, tensor cores used) and run on this CPU. A kernel that
-    crashes is one more failure, not the end. Also says what no kernel runs, and why. Exit code 5
-    when any case is wrong.
+    crashes is one more failure, not the end. Also says what no kernel runs, and why. Every core is
+    used; after an interruption the same command goes on. Exit code 5 when any case is wrong.
 
     Example: hwmpq target check arm-cortex-a76 --limit 100
     """
-    from hwmpq import targets
-    from hwmpq.kernels import conformance, guest
-    from hwmpq.kernels.cuda import check as gpu
+    from hwmpq.side_jobs import check_target
 
-    target = targets.load(name)
-    guests = target.foreign and not target.gpu
-    if target.gpu:
-        gpu.check_tools()
-    elif guests:
-        guest.check_tools(target)
-    cases = _cases(target.name, everything)
-    count = min(len(cases), limit or len(cases))
-    chosen = [i * len(cases) // count for i in range(count)]
-    failures: list[dict[str, str]] = []
-    with reporter().stage(f"kernels of {target.name}", count) as advance:
-        for start in range(0, count, _CHUNK):
-            part = chosen[start : start + _CHUNK]
-            failures += [
-                {"case": str(cases[i]), "wrong": wrong}
-                for i, wrong in _run(target.name, everything, part)
-            ]
-            advance(len(part))
-    trapped = conformance.traps(target) if guests else {}
-    failures += [
-        {"case": f"a kernel of {other}", "wrong": f"not trapped: {ended}"}
-        for other, ended in trapped.items()
-        if "SIGILL" not in ended
-    ]
-    kernels = Counter(cases[i].kernel for i in chosen)
-    missing = conformance.unsupported(target.features)
-    told = {"version": VERSION, "target": target.name, "cases": count, "of": len(cases),
-            "emulator": target.emulator[0] if guests else "", "kernels": dict(kernels),
-            "ran": gpu.how(target) if target.gpu else "",
-            "traps": trapped, "unsupported": missing,
-            "status": "accuracy" if failures else "met", "failures": failures}  # fmt: skip
+    found = check_target(name, everything, limit, reporter())
+    kernels, traps, missing = found["kernels"], found["traps"], found["unsupported"]
+    failures = found["failures"]
     lines = [f"{kernel}: {number} cases" for kernel, number in sorted(kernels.items())]
-    lines += [f"a kernel of {other}: {ended}" for other, ended in trapped.items()]
+    lines += [f"a kernel of {other}: {ended}" for other, ended in traps.items()]
     lines += [
         f"{op}: no kernel for {len(reasons)} formats, such as {fmt}: {reasons[fmt]}"
         for op, reasons in missing.items()
         for fmt in list(reasons)[:1]
     ]
-    if target.gpu:
-        lines.append(gpu.how(target))
-    lines.append(f"{count} of {len(cases)} cases, {len(failures)} wrong")
+    lines += filter(None, [found["ran"]])
+    lines.append(f"{found['cases']} of {found['of']} cases, {len(failures)} wrong")
     lines += [f"  {f['case']}: {f['wrong']}" for f in failures]
-    return Answer(told, "\n".join(lines), 5 if failures else 0)
+    return Answer({"version": VERSION, **found}, "\n".join(lines), 5 if failures else 0)
 
 
 def evaluate(
@@ -220,51 +184,6 @@ def evaluate(
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def check_cases(request: Mapping[str, Any]) -> dict[str, Any]:
-    """In the worker: {"target", "all", "cases": numbers} -> {"wrong": [[number, text], ...]}."""
-    from hwmpq import targets
-    from hwmpq.kernels.conformance import check as check_case
-
-    target = targets.load(request["target"])
-    cases = _cases(target.name, request["all"])
-    wrong: list[list[Any]] = []
-    for number in request["cases"]:
-        try:
-            found = check_case(cases[number], target)
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        if found:
-            wrong.append([number, found])
-    return {"wrong": wrong}
-
-
-@cache
-def _cases(name: str, everything: bool) -> list[Any]:
-    from hwmpq import targets
-    from hwmpq.kernels import conformance
-
-    target = targets.load(name)
-    if everything:
-        return list(conformance.grid(target.features))
-    return conformance.subset(target.features, conformance.kinds(target))
-
-
-def _run(name: str, everything: bool, numbers: Sequence[int]) -> list[tuple[int, str]]:
-    """Some cases in a child; when it dies, each one alone."""
-    from hwmpq.measure import WorkerCrashed, WorkerProcess, WorkerTimeout
-
-    request = {"target": name, "all": everything, "cases": list(numbers)}
-    payload = {"function": "hwmpq.cli.target:check_cases", "payload": request}
-    with WorkerProcess(threads=2) as worker:
-        try:
-            found = worker.call("call", payload, _DEADLINE_S)
-            return [(int(number), str(wrong)) for number, wrong in found["wrong"]]
-        except (WorkerCrashed, WorkerTimeout) as error:
-            if len(numbers) == 1:
-                return [(numbers[0], str(error))]
-    return [item for number in numbers for item in _run(name, everything, [number])]
 
 
 command(group)(probe)

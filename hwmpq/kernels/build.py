@@ -18,6 +18,7 @@ from hwmpq.formats import encoding_named, format_named
 from hwmpq.kernels import Kernel, guest, kernel_named, passes
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.cuda import cell
+from hwmpq.kernels.ir import module_of
 from hwmpq.kernels.nests import Call, Schedule
 from hwmpq.kernels.sample import Sample, draw, stored
 from hwmpq.targets import Target
@@ -30,13 +31,12 @@ _LAYER_KEYS = {
 }  # fmt: skip
 
 
-def library(function: Any, target: Target) -> Any:
-    """A TVM executable that holds one PrimFunc as `main`."""
+def library(functions: Mapping[str, Any], target: Target) -> Any:
+    """A TVM executable that holds PrimFuncs under these names."""
     import tvm
 
-    module = tvm.IRModule({"main": function})
     hardware = tvm.target.Target(dict(target.tvm))
-    return tvm.compile(module, target=hardware, tir_pipeline=passes.pipeline())
+    return tvm.compile(module_of(functions), target=hardware, tir_pipeline=passes.pipeline())
 
 
 def assembly(executable: Any) -> str:
@@ -75,7 +75,7 @@ def export_cell(
     """
     if target.gpu:
         return cell.export(function, target, arrays, folder)
-    export(library(function, target), folder / "cell.so", target)
+    export(library({"main": function}, target), folder / "cell.so", target)
     return {"library": str(folder / "cell.so")}
 
 

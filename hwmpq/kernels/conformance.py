@@ -1,17 +1,10 @@
-"""Does a kernel compute what `reference` says? Cases over shapes, formats and epilogues.
-
-Factors, per operator: the kernel with its format, the sizes of the workload, the encodings of the
-result and of the residual, bias and activation, threads, schedule, values. `grid` covers, for every
-kernel and every format it takes, all pairs of the other factors; `subset`, for the test suite, all
-pairs of all factors, with a kernel's parts as factors of their own and one format to a kernel. Both
-are deterministic.
-"""
+"""Does a kernel compute what `reference` says? Which cases there are stands in `cases`."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,178 +12,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmpq import targets, tile_permission
-from hwmpq.formats import format_named, known_formats
-from hwmpq.kernels import Kernel, best, candidates, guest, kernel_named, why_not
+from hwmpq.formats import format_named
+from hwmpq.kernels import Kernel, best, guest, kernel_named
 from hwmpq.kernels.build import assembly, in_call_order, library
+from hwmpq.kernels.cases import Case, call_of, probe
 from hwmpq.kernels.codes import memory_dtype
-from hwmpq.kernels.cover import pairwise
 from hwmpq.kernels.cuda import check as gpu
 from hwmpq.kernels.emulate import emit_emulated
 from hwmpq.kernels.micro.cuda import WarpMicro
-from hwmpq.kernels.nests import Call, Schedule
-from hwmpq.kernels.sample import VALUES, draw, read
+from hwmpq.kernels.nests import Schedule
+from hwmpq.kernels.sample import Sample, draw, read
 from hwmpq.targets import Target
-from hwmpq.types import LAYER_OPS, Workload, reject_unknown
+from hwmpq.types import Workload, reject_unknown
 
-#: Formats of the subset: float inputs, group scales, small floats, integer weights, narrow
-#: activations, narrow sums of one and of many dots.
-KINDS = (
-    "fp32", "bf16", "w4.fp16", "w3.bf16.g8", "e4m3.bf16", "w8a8", "w8a7", "w5a8", "w4a8", "w3a4",
-    "w2a8",
-)  # fmt: skip
-#: Formats with groups of weights, for the grid: short groups and ones that span taps.
-_GROUPED = ("w4.bf16.g8", "w3.fp16.g16", "e4m3.bf16.g64")
-#: As KINDS, for GPUs: what tensor cores multiply, and what is decoded for them.
-GPU_KINDS = (
-    "fp32", "fp16", "bf16", "e4m3", "e5m2", "w8a8", "w4a8", "w2a8", "w8.bf16", "w4.fp16.g64",
-)  # fmt: skip
 EMULATED = "emulated intrinsic"
 #: The other order of the loops; a GPU's tiles have none.
 _TURNED = {"vectors": "rows", "rows": "vectors"}
-#: Factors of an operator's sizes with their levels.
-_Sizes = tuple[tuple[str, tuple[Any, ...]], ...]
-
-_CHANNELS = (1, 3, 7, 17, 31, 33, 65)
-#: (top, left, bottom, right): 'same' is half the window, (0, 0, 1, 1) TensorFlow's at stride 2.
-_PADDINGS = ("same", (0, 0, 0, 0), (0, 0, 1, 1), (2, 0, 1, 3))
-_IMAGE: dict[str, Sequence[Any]] = {
-    "batch": (1, 2),
-    "kernel": ((3, 3), (1, 1), (2, 5)),
-    "stride": ((1, 1), (2, 2), (1, 2)),
-    "dilation": ((1, 1), (2, 2), (1, 3)),
-    "padding": _PADDINGS,
-    "spare": ((4, 5), (0, 0), (1, 17)),  # rows and columns beyond the window
-}
-_SIZES: dict[str, dict[str, Sequence[Any]]] = {
-    "conv2d": {"cin": _CHANNELS, "cout": _CHANNELS, "groups": (1, 1, 3), **_IMAGE},
-    "depthwise": {"channels": _CHANNELS[1:], **_IMAGE},
-    "linear": {"m": (1, 3, 17), "k": (1, 7, 64, 129), "n": (1, 10, 31, 65, 1000)},
-    "matmul": {
-        "batch": (1, 3), "m": (1, 5, 17), "k": (1, 16, 33), "n": (1, 17, 32, 65),
-        "trans_b": (0, 1),
-    },
-}  # fmt: skip
-_REST: dict[str, Sequence[Any]] = {
-    "out": ("u8", "fp32", "bf16", "fp16", "u4", "s8"),
-    "residual": ("", "u8", "fp32", "bf16"),
-    "epilogue": ("", "bias", "bias+relu", "bias+clamp"),
-    "threads": (1, 2),
-    "schedule": ("best", "last", "turned"),
-    "values": VALUES,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel in one call. schedule: the best by estimate, the last one, or the best with its
-    loops in the other order (a GPU's: one from the middle)."""
-
-    kernel: str
-    call: Call
-    schedule: str = "best"
-    values: str = "random"
-    seed: int = 0
-
-    def __str__(self) -> str:
-        c = self.call
-        dims = " ".join(f"{name}{size}" for name, size in c.workload.dims)
-        way = f"{c.format.name}: {c.x}{' + ' + c.residual if c.residual else ''} -> {c.out}"
-        return (
-            f"{self.kernel} {way}, {dims} {c.workload.epilogue or 'plain'}, {self.schedule} "
-            f"schedule, {c.threads} threads, {self.values} values, seed {self.seed}"
-        )
-
-
-def kinds(target: Target) -> tuple[str, ...]:
-    """The formats of a target's subset."""
-    return GPU_KINDS if target.gpu else KINDS
-
-
-def subset(features: frozenset[str], formats: Iterable[str] = KINDS) -> list[Case]:
-    """Every pair of levels of two factors, for all operators; each kernel in the first of the
-    formats that it takes. A kernel's micro-kernel and its weight decoder are two factors."""
-    found: list[Case] = []
-    for op in LAYER_OPS:
-        first: dict[str, str] = {}
-        for kernel, fmt in _ways(op, features, formats):
-            first.setdefault(kernel, fmt)
-        alike: dict[tuple[str, _Sizes], dict[tuple[str, str], tuple[str, str]]] = {}
-        for way in first.items():
-            nest, micro, weights = way[0].split(".")
-            sizes = _sizes(op, way, features)
-            alike.setdefault((nest, sizes), {})[micro, weights] = way
-        for (_, sizes), ways in alike.items():
-            micros, decoders = (list(dict.fromkeys(parts)) for parts in zip(*ways, strict=True))
-            kernels = {"micro": micros, "decoder": decoders}
-            rows = pairwise({**kernels, **dict(sizes), **_REST}, ways)
-            found += [_case(op, ways[r["micro"], r["decoder"]], r, i) for i, r in enumerate(rows)]
-    return found
-
-
-def grid(features: frozenset[str]) -> Iterator[Case]:
-    """For every kernel × format × operator: every pair of levels of two other factors."""
-    for op in LAYER_OPS:
-        sizes: dict[str, _Sizes] = {}
-        rows: dict[_Sizes, list[dict[str, Any]]] = {}
-        for way in _ways(op, features, (*known_formats(), *_GROUPED)):
-            if way[0] not in sizes:
-                sizes[way[0]] = _sizes(op, way, features)
-            key = sizes[way[0]]
-            if key not in rows:
-                rows[key] = pairwise({**dict(key), **_REST})
-            for i, row in enumerate(rows[key]):
-                yield _case(op, way, row, i)
 
 
 def check(case: Case, target: Target) -> str | None:
-    """Compile and run one case in this process; None, or what differs.
+    """`check_all` of one."""
+    (wrong,) = check_all([case], target)
+    return wrong
+
+
+def check_all(cases: Sequence[Case], target: Target) -> list[str | None]:
+    """Compile and run cases in this process; of each None, or what differs.
 
     Integers must be exact, floats within the rounding of their sums. A kernel whose instructions
     this CPU lacks runs with them emulated (`how`), compiled for this CPU; one of another kind of
     machine as it is, under the target's emulator; one of a GPU is compiled for it and inspected,
     and its source runs on this CPU.
+
+    All are compiled at once, and cases whose code is the same to the letter, as that of formats
+    which differ in their numbers alone, share it: each still runs with numbers of its own.
     """
-    import tvm
-
-    call = case.call
-    kernel = kernel_named(case.kernel, call.workload, call.format, target.features)
-    schedule = _schedule(case, kernel)
-    sample = draw(call, case.seed, case.values)
-    shape = sample.answer.right.shape
-    out = _Guarded(int(np.prod(shape)), memory_dtype(call.out))
-    inputs = in_call_order(kernel, call, sample)
+    trials = [_Trial.of(case, target) for case in cases]
+    functions = _named(trials)
     if target.gpu:
-        function = replace(kernel, timed=schedule).emit(call)
-        cores = isinstance(kernel.micro, WarpMicro) and kernel.micro.tensor_cores
-        if ended := gpu.run(function, target, [*inputs, out.values], cores):
-            return ended
-        return out.wrong() or sample.answer.wrong(read(call.out, out.values.reshape(shape)))
-    if not target.foreign and how(kernel) == EMULATED:
-        function = emit_emulated(kernel.nest, call, kernel.micro, kernel.decoder, schedule)
+        runs = [
+            gpu.Run(t.name, [*t.inputs, t.out.values], _on_tensor_cores(t.kernel)) for t in trials
+        ]
+        ends = gpu.run(functions, target, runs)
     else:
-        tile_permission.ask(kernel.requires)
-        function = replace(kernel, timed=schedule).emit(call, all_threads=True)
-    elsewhere = targets.satisfied_by_host(target) and not target.foreign
-    executable = library(function, targets.native() if elsewhere else target)
-    if target.foreign:
-        if ended := guest.run(executable, target, inputs, out.values, out.memory):
-            return f"ended by {ended} under {target.emulator[0]}"
-    else:
-        executable.jit()["main"](*(tvm.runtime.tensor(a) for a in inputs), out.tensor())
-    wrong = sample.answer.wrong(read(call.out, out.values.reshape(shape)))
-    return out.wrong() or wrong
-
-
-def unsupported(features: frozenset[str]) -> dict[str, dict[str, str]]:
-    """Operator -> format -> why no kernel runs it."""
-    return {
-        op: {
-            name: reason
-            for name in known_formats()
-            if (reason := why_not(_probe(op), format_named(name), features))
-        }
-        for op in LAYER_OPS
-    }
+        elsewhere = targets.satisfied_by_host(target) and not target.foreign
+        executable = library(functions, targets.native() if elsewhere else target)
+        if target.foreign:
+            calls = [guest.Call(t.name, t.inputs, t.out.values, t.out.memory) for t in trials]
+            ends = [
+                end and f"ended by {end} under {target.emulator[0]}"
+                for end in guest.run(executable, target, calls)
+            ]
+        else:
+            ends = _run_here(executable, trials)
+    return [end or trial.wrong() for end, trial in zip(ends, trials, strict=True)]
 
 
 def traps(target: Target) -> dict[str, str]:
@@ -203,7 +78,7 @@ def traps(target: Target) -> dict[str, str]:
         if other.gpu or other.triple != target.triple or not more or other.features in seen:
             continue
         seen.add(other.features)
-        call = _call(_probe("linear"), "w8a8", "u8", "", 1)
+        call = call_of(probe("linear"), "w8a8", "u8")
         kernel = best(call.workload, call.format, other.features)
         if kernel is not None and not kernel.requires <= target.features:
             older = replace(other, emulator=target.emulator)
@@ -226,8 +101,8 @@ def mnemonics(request: Mapping[str, Any]) -> dict[str, Any]:
     target = targets.load(request["target"])
     workload, fmt = Workload.from_json(request["workload"]), format_named(request["format"])
     kernel = kernel_named(request["kernel"], workload, fmt, target.features)
-    call = _call(workload, fmt.name, "u8" if fmt.is_integer else "fp32", "", 1)
-    text = assembly(library(kernel.emit(call), target))
+    call = call_of(workload, fmt.name, "u8" if fmt.is_integer else "fp32")
+    text = assembly(library({"main": kernel.emit(call)}, target))
     return {"counts": dict(Counter(re.findall(r"^\s+([a-z][\w.]+)\s", text, re.MULTILINE)))}
 
 
@@ -251,66 +126,65 @@ class _Guarded:
         return None if (self._behind == 0x7B).all() else "wrote behind the end of its output"
 
 
-def _ways(op: str, features: frozenset[str], formats: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(kernel name, format name) of every kernel for the operator."""
-    for name in formats:
-        for kernel in candidates(_probe(op), format_named(name), features):
-            yield kernel.name, name
+@dataclass(eq=False)
+class _Trial:
+    """A case to be run. name: of its function, once that is known among others."""
+
+    case: Case
+    kernel: Kernel
+    function: Any
+    inputs: list[NDArray[Any]]
+    sample: Sample
+    out: _Guarded
+    name: str = ""
+
+    @staticmethod
+    def of(case: Case, target: Target) -> _Trial:
+        call = case.call
+        kernel = kernel_named(case.kernel, call.workload, call.format, target.features)
+        sample = draw(call, case.seed, case.values)
+        out = _Guarded(sample.answer.right.size, memory_dtype(call.out))
+        function = _emitted(case, kernel, target)
+        return _Trial(case, kernel, function, in_call_order(kernel, call, sample), sample, out)
+
+    def wrong(self) -> str | None:
+        """After it has run: None, or what is not as it should be."""
+        elements = self.out.values.reshape(self.sample.answer.right.shape)
+        return self.out.wrong() or self.sample.answer.wrong(read(self.case.call.out, elements))
 
 
-def _probe(op: str) -> Workload:
-    """One that every kernel for the operator can run."""
-    return _workload(op, {name: values[0] for name, values in _SIZES[op].items()}, "")
+def _emitted(case: Case, kernel: Kernel, target: Target) -> Any:
+    """The case's PrimFunc."""
+    call, schedule = case.call, _schedule(case, kernel)
+    if not target.foreign and not target.gpu and how(kernel) == EMULATED:
+        return emit_emulated(kernel.nest, call, kernel.micro, kernel.decoder, schedule)
+    tile_permission.ask(kernel.requires)
+    return replace(kernel, timed=schedule).emit(call, all_threads=True)
 
 
-def _sizes(op: str, way: tuple[str, str], features: frozenset[str]) -> _Sizes:
-    """The levels of the sizes that a kernel runs, each with the first ones of all others."""
-    kernel, fmt = way
-    first = {name: levels[0] for name, levels in _SIZES[op].items()}
+def _named(trials: Sequence[_Trial]) -> dict[str, Any]:
+    """The different functions of trials by name; each trial is told its own."""
+    from tvm_ffi import StructuralKey
 
-    def runs(name: str, level: Any) -> bool:
-        workload = _workload(op, {**first, name: level}, "")
-        return any(k.name == kernel for k in candidates(workload, format_named(fmt), features))
-
-    return tuple(
-        (name, tuple(level for level in levels if runs(name, level)))
-        for name, levels in _SIZES[op].items()
-    )
+    names: dict[Any, str] = {}
+    functions: dict[str, Any] = {}
+    for trial in trials:
+        trial.name = names.setdefault(StructuralKey(trial.function), f"kernel{len(names)}")
+        functions.setdefault(trial.name, trial.function)
+    return functions
 
 
-def _case(op: str, way: tuple[str, str], row: Mapping[str, Any], seed: int) -> Case:
-    kernel, fmt = way
-    workload = _workload(op, row, row["epilogue"])
-    call = _call(workload, fmt, row["out"], row["residual"], row["threads"])
-    return Case(kernel, call, row["schedule"], row["values"], seed)
+def _run_here(executable: Any, trials: Sequence[_Trial]) -> list[str]:
+    import tvm
+
+    module = executable.jit()
+    for trial in trials:
+        module[trial.name](*(tvm.runtime.tensor(a) for a in trial.inputs), trial.out.tensor())
+    return [""] * len(trials)
 
 
-def _call(workload: Workload, name: str, out: str, residual: str, threads: int) -> Call:
-    fmt = format_named(name)
-    b = "" if workload.has_weight else fmt.weight.name
-    return Call(workload, fmt, fmt.activation.name, out, residual, b, threads)
-
-
-def _workload(op: str, row: Mapping[str, Any], epilogue: str) -> Workload:
-    if op == "linear":
-        return Workload.make(op, epilogue, m=row["m"], k=row["k"], n=row["n"])
-    if op == "matmul":
-        sizes = {name: row[name] for name in ("m", "k", "n", "trans_b")}
-        return Workload.make(op, epilogue, b=row["batch"], **sizes)
-    if op == "depthwise":
-        cin = cout = groups = row["channels"]
-    else:
-        groups = row["groups"]
-        cin, cout = row["cin"] * groups, row["cout"] * groups
-    (kh, kw), (sh, sw), (dh, dw) = row["kernel"], row["stride"], row["dilation"]
-    window = (kh - 1) * dh + 1, (kw - 1) * dw + 1
-    half = (window[0] // 2, window[1] // 2)
-    pt, pl, pb, pr = half * 2 if row["padding"] == "same" else row["padding"]
-    h, w = (max(1, size + more) for size, more in zip(window, row["spare"], strict=True))
-    return Workload.make(
-        op, epilogue, n=row["batch"], h=h, w=w, cin=cin, cout=cout, kh=kh, kw=kw, sh=sh, sw=sw,
-        pt=pt, pl=pl, pb=pb, pr=pr, dh=dh, dw=dw, groups=groups,
-    )  # fmt: skip
+def _on_tensor_cores(kernel: Kernel) -> bool:
+    return isinstance(kernel.micro, WarpMicro) and kernel.micro.tensor_cores
 
 
 def _schedule(case: Case, kernel: Kernel) -> Schedule:

@@ -1,14 +1,16 @@
-/* Runs one compiled kernel where there is no TVM runtime: `guest LIBRARY`.
+/* Runs compiled kernels where there is no TVM runtime: `guest LIBRARY`.
 
-   stdin: for every argument the int64 numbers type code (DLPack), bits of an element, elements,
-   bytes of memory (elements and a margin behind them), then that memory. stdout: the memory of the
-   last argument after the call. Exit status 3 when the kernel refuses its arguments.
+   stdin: calls. Of each the int64 numbers of its arguments and of the bytes of the function's name,
+   the name; then of every argument the int64 numbers type code (DLPack), bits of an element,
+   elements, bytes of memory (elements and a margin behind them), then that memory. stdout: of each
+   call the memory of its last argument after it. Exit status 3 when a kernel refuses its arguments.
    The functions that a kernel asks of TVM's runtime are at the top: one thread, memory from malloc.
    Sources: tvm/ffi/c_api.h (TVMFFIAny), dlpack.h (DLTensor), tvm/runtime/c_backend_api.h. */
 #include <dlfcn.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { TENSOR = 7, CPU = 1, MOST_ARGUMENTS = 16 };
 typedef struct { void *data; int32_t device, id, ndim; uint8_t code, bits; uint16_t lanes;
@@ -39,6 +41,35 @@ static void need(int fine, const char *what) {
   if (!fine) { fprintf(stderr, "%s\n", what); exit(2); }
 }
 
+static void take(void *data, size_t size) {
+  need(data && fread(data, 1, size, stdin) == size, "a call is cut off");
+}
+
+static void run(void *library, int64_t count, int64_t length) {
+  char name[128] = "__tvm_ffi_";
+  size_t prefix = strlen(name);
+  need(count > 0 && count <= MOST_ARGUMENTS, "too many arguments, or none");
+  need(length < (int64_t)(sizeof name - prefix), "too long a name");
+  take(name + prefix, length);
+  int (*kernel)(void *, Any *, int32_t, Any *) = dlsym(library, name);
+  need(kernel != NULL, "no such kernel in the library");
+
+  Tensor tensors[MOST_ARGUMENTS];
+  Any arguments[MOST_ARGUMENTS], result = {0, 0, NULL};
+  int64_t head[4], sizes[MOST_ARGUMENTS], strides[] = {1};
+  for (int i = 0; i < count; i++) {
+    take(head, sizeof head);
+    void *data = aligned_alloc(64, (head[3] + 64) / 64 * 64);
+    take(data, head[3]);
+    sizes[i] = head[2];
+    tensors[i] = (Tensor){data, CPU, 0, 1, head[0], head[1], 1, &sizes[i], strides, 0};
+    arguments[i] = (Any){TENSOR, 0, &tensors[i]};
+  }
+  if (kernel(NULL, arguments, count, &result)) exit(3);
+  fwrite(tensors[count - 1].data, 1, head[3], stdout);
+  fflush(stdout);  /* the next one may crash; nothing is freed, which could show this one's faults */
+}
+
 int main(int count, char **words) {
   need(count == 2, "usage: guest LIBRARY");
   void *library = dlopen(words[1], RTLD_NOW);
@@ -52,23 +83,7 @@ int main(int count, char **words) {
     void **variable = dlsym(library, name);
     if (variable) *variable = ours[i];
   }
-  int (*kernel)(void *, Any *, int32_t, Any *) = dlsym(library, "__tvm_ffi_main");
-  need(kernel != NULL, "no kernel in the library");
-
-  Tensor tensors[MOST_ARGUMENTS];
-  Any arguments[MOST_ARGUMENTS], result = {0, 0, NULL};
-  int64_t head[4], sizes[MOST_ARGUMENTS], strides[] = {1}, memory = 0;
-  int n = 0;
-  for (; fread(head, sizeof head, 1, stdin) == 1; n++) {
-    need(n < MOST_ARGUMENTS, "too many arguments");
-    memory = head[3];
-    void *data = aligned_alloc(64, (memory + 64) / 64 * 64);
-    need(data && fread(data, 1, memory, stdin) == (size_t)memory, "an argument is cut off");
-    sizes[n] = head[2];
-    tensors[n] = (Tensor){data, CPU, 0, 1, head[0], head[1], 1, &sizes[n], strides, 0};
-    arguments[n] = (Any){TENSOR, 0, &tensors[n]};
-  }
-  if (n == 0 || kernel(NULL, arguments, n, &result)) return 3;
-  fwrite(tensors[n - 1].data, 1, memory, stdout);
+  int64_t call[2];
+  while (fread(call, sizeof call, 1, stdin) == 1) run(library, call[0], call[1]);
   return 0;
 }

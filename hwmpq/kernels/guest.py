@@ -1,4 +1,4 @@
-"""Running one kernel of another instruction set under its target's emulator, without TVM there.
+"""Running kernels of another instruction set under its target's emulator, without TVM there.
 
 The emulator (QEMU's user mode) traps instructions that the chip has not. What it takes is a cross
 compiler, of which `guest.c` is made once per process, and the emulator. Times there mean nothing,
@@ -14,6 +14,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,38 +64,76 @@ def link(executable: Any, triple: str, path: Path) -> None:
     executable.export_library(str(path), fcompile=cc.cross_compiler(compiler))
 
 
-def run(executable: Any, target: Target, inputs: Sequence[Array], out: Array, memory: Array) -> str:
-    """Call the kernel `main` of an executable, whose last argument is `out`.
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Of a function of a library, whose last argument is `out`. memory: the bytes of `out` and of a
+    margin behind it; they are replaced."""
 
-    memory: the bytes of `out` and of a margin behind it; they are replaced. Answers '' or how the
-    kernel ended and what the emulator said: 'SIGILL ...' where the chip lacks an instruction.
-    Raises InputError where programs are missing.
+    function: str
+    inputs: Sequence[Array]
+    out: Array
+    memory: Array
+
+    def packed(self) -> bytes:
+        """As `guest.c` reads it."""
+        name = self.function.encode()
+        parts = [struct.pack("<2q", len(self.inputs) + 1, len(name)), name]
+        parts += [_packed(a, a.tobytes()) for a in self.inputs]
+        return b"".join([*parts, _packed(self.out, self.memory.tobytes())])
+
+
+def run(executable: Any, target: Target, calls: Sequence[Call]) -> list[str]:
+    """Call kernels of an executable, one after the other.
+
+    Answers of each '' or how it ended and what the emulator said: 'SIGILL ...' where the chip lacks
+    an instruction. Raises InputError where programs are missing.
     """
     check_tools(target)
     with tempfile.TemporaryDirectory(prefix="hwmpq-guest-") as folder:
-        library = Path(folder) / "kernel.so"
+        library = Path(folder) / "kernels.so"
         link(executable, target.triple, library)
-        return call(library, target, inputs, out, memory)
+        return run_linked(library, target, calls)
 
 
-def call(library: Path, target: Target, inputs: Sequence[Array], out: Array, memory: Array) -> str:
+def run_linked(library: Path, target: Target, calls: Sequence[Call]) -> list[str]:
     """As `run`, of a linked library."""
     check_tools(target)
-    sent = b"".join(_packed(a, a.tobytes()) for a in inputs)
-    sent += _packed(out, memory.tobytes())
     command = [*target.emulator, _program(target.triple), str(library)]
-    ran = subprocess.run(command, input=sent, capture_output=True, timeout=_DEADLINE_S, check=False)
-    said = " ".join(ran.stderr.decode(errors="replace").split())
-    if ran.returncode < 0:
-        return f"{signal.Signals(-ran.returncode).name} ({said})"
-    if ran.returncode or len(ran.stdout) != memory.nbytes:
-        return f"exit status {ran.returncode} ({said})"
-    memory[:] = np.frombuffer(ran.stdout, np.uint8)
-    return ""
+    ends: list[str] = []
+    while len(ends) < len(calls):  # again, from the next call on, after one that ended it all
+        rest = calls[len(ends) :]
+        ran = subprocess.run(
+            command, input=b"".join(c.packed() for c in rest), capture_output=True,
+            timeout=_DEADLINE_S * len(rest), check=False,
+        )  # fmt: skip
+        done = _read(ran.stdout, rest)
+        if done == len(rest) and ran.returncode:
+            done -= 1  # it left something behind that ended the guest later
+        ends += [""] * done
+        if done < len(rest):
+            said = " ".join(ran.stderr.decode(errors="replace").split())
+            ends.append(f"{_how_ended(ran.returncode)} ({said})")
+    return ends
+
+
+def _read(written: bytes, calls: Sequence[Call]) -> int:
+    """Keep the results that the guest wrote: those of the first calls. Answers how many."""
+    at = 0
+    for done, call in enumerate(calls):
+        there = written[at : at + call.memory.nbytes]
+        if len(there) < call.memory.nbytes:
+            return done
+        call.memory[:] = np.frombuffer(there, np.uint8)
+        at += len(there)
+    return len(calls)
+
+
+def _how_ended(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
 
 
 def _packed(array: Array, memory: bytes) -> bytes:
-    """One argument as `guest.c` reads it."""
+    """One argument."""
     head = (_CODES[array.dtype.kind], array.dtype.itemsize * 8, array.size, len(memory))
     return struct.pack("<4q", *head) + memory
 

@@ -7,7 +7,7 @@ vector value; scalars have one lane. Everything emitted is plain TIR: the same t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,13 @@ Expr = Any
 Buffer = Any
 #: First and behind the last.
 Part = tuple[Expr, Expr]
+
+
+def module_of(functions: Mapping[str, Any]) -> Any:
+    """A TVM module of PrimFuncs that go by these names."""
+    import tvm
+
+    return tvm.IRModule({n: f.with_attr("global_symbol", n) for n, f in functions.items()})
 
 
 @dataclass(frozen=True)

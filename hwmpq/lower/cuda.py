@@ -32,13 +32,8 @@ def compile_network(module: Any, target: Target, inputs: int) -> tuple[CudaNetwo
     inputs: how many of main's arguments are the network's, the others are parameters. Raises
     InputError for an operator without a kernel, and without NVRTC.
     """
-    import tvm
-
     functions = {v.name_hint: module[v] for v in module.get_global_vars() if v.name_hint != "main"}
-    executable = tvm.compile(
-        tvm.IRModule(functions), target=source.tvm_target(target), tir_pipeline=source.pipeline()
-    )
-    text = source.code_of(executable)
+    text = source.build(functions, target)
     walk = _Walk(functions, {kernel.name: kernel for kernel in source.kernels_of(text)})
     main = plan_memory()(module)["main"]
     outputs = walk.run(main)

@@ -105,7 +105,7 @@ def _best_s(function: Any, arrays: Sequence[NDArray[Any]], target: Target) -> fl
     """Seconds of a call in the fastest epoch."""
     import tvm
 
-    main = library(function, target).jit()["main"]
+    main = library({"main": function}, target).jit()["main"]
     tensors = [tvm.runtime.tensor(array) for array in arrays]
     calls = Calls(lambda: main(*tensors))
     with machine_lock(), pinned(True):

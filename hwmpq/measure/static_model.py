@@ -115,7 +115,9 @@ def estimate(
         plugin = f"{_plugin()},library={library.resolve()},out={counts}"
         emulator = (_emulator(target), "-plugin", plugin, *target.emulator[1:])
         counting = replace(target, emulator=emulator)
-        if ended := guest.call(library, counting, arguments[:-1], out, memory):
+        call = guest.Call("main", arguments[:-1], out, memory)
+        (ended,) = guest.run_linked(library, counting, [call])
+        if ended:
             raise DeviceError(f"a kernel of {target.name} ended", ended)
         blocks: Counter[tuple[str, ...]] = Counter()
         for line in counts.read_text().splitlines():

@@ -14,10 +14,12 @@ measured_networks  the cells of whole networks that the store has, to judge a co
 finetune_model     an assignment trained for what it rounds
 search_by_training one plan by a method that trains
 search_network     a network and its formats
+check_target       the conformance of a target's kernels
 evaluate_target    what a target does with some networks
 probe_machine      a target file for this machine
 """
 
+from hwmpq.side_jobs.check_target import check_target
 from hwmpq.side_jobs.compile import compile_model
 from hwmpq.side_jobs.elsewhere import bundle_model, import_times
 from hwmpq.side_jobs.evaluate import evaluate_target
@@ -35,6 +37,7 @@ from hwmpq.side_jobs.search_trained import search_by_training
 
 __all__ = [
     "bundle_model",
+    "check_target",
     "compile_model",
     "evaluate_target",
     "export_model",

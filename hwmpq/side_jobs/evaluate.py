@@ -17,7 +17,7 @@ import numpy as np
 
 from hwmpq import artifact, toolchain
 from hwmpq.formats import format_named
-from hwmpq.kernels.conformance import unsupported
+from hwmpq.kernels.cases import unsupported
 from hwmpq.measure import WorkerProcess
 from hwmpq.measure.energy import counters, energy_of
 from hwmpq.measure.environment import hardware

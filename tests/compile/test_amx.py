@@ -14,6 +14,7 @@ from hwmpq.formats import format_named
 from hwmpq.kernels import Call, Kernel, Schedule, candidates, kernel_named, why_not
 from hwmpq.kernels import conformance as conf
 from hwmpq.kernels.build import assembly, library
+from hwmpq.kernels.cases import Case, subset
 from hwmpq.kernels.micro import TileMicro
 from hwmpq.kernels.micro.amx import MICROS
 from hwmpq.kernels.micro.avx512_bf16 import DOT
@@ -30,9 +31,9 @@ WIDE = Workload.make(
 )  # fmt: skip
 
 
-def cases(fmt: str, micro: str) -> list[conf.Case]:
+def cases(fmt: str, micro: str) -> list[Case]:
     """Five of the subset, for one format and micro-kernel."""
-    found = [c for c in conf.subset(AMX.features, (fmt,)) if f".{micro}." in c.kernel]
+    found = [c for c in subset(AMX.features, (fmt,)) if f".{micro}." in c.kernel]
     assert found
     return found[:: -(-len(found) // 5)]
 
@@ -65,15 +66,15 @@ def test_a_tile_too_few_is_seen(micro: TileMicro, monkeypatch: pytest.MonkeyPatc
     call = Call(work, fmt, fmt.activation.name, "fp32")
     name = f"tiles.{micro.name}.{fmt.weight.name}"
     assert conf.how(kernel_named(name, work, fmt, AMX.features)) == conf.EMULATED
-    assert conf.check(conf.Case(name, call), AMX) is None
+    assert conf.check(Case(name, call), AMX) is None
     monkeypatch.setattr(type(micro), "configure", short)
-    wrong = conf.check(conf.Case(name, call), AMX)
+    wrong = conf.check(Case(name, call), AMX)
     assert wrong is not None and "elements differ" in wrong
 
 
 def compiled(kernel: Kernel, call: Call) -> list[str]:
     """Mnemonics in order, for the target itself."""
-    text = assembly(library(kernel.emit(call), AMX))
+    text = assembly(library({"main": kernel.emit(call)}, AMX))
     return re.findall(r"^\s+(v?[a-z]\w+)\s", text, re.MULTILINE)
 
 
@@ -103,7 +104,7 @@ def test_vdpbf16ps_is_emitted_inline(fmt: str) -> None:
     f = format_named(fmt)
     (kernel,) = (k for k in candidates(CONV, f, AMX.features) if k.micro.name == "avx512_bf16")
     call = Call(CONV, f, "bf16", "bf16")
-    text = assembly(library(kernel.emit(call), AMX))
+    text = assembly(library({"main": kernel.emit(call)}, AMX))
     assert text.count("vdpbf16ps") > 0 and DOT not in text
 
 

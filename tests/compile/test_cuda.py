@@ -12,6 +12,7 @@ from hwmpq.errors import InputError
 from hwmpq.formats import format_named
 from hwmpq.kernels import Call, Kernel, candidates, glue, why_not
 from hwmpq.kernels import conformance as conf
+from hwmpq.kernels.cases import Case, kinds, subset
 from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.cuda import check as gpu
 from hwmpq.kernels.cuda import compiler, emulate, source
@@ -37,7 +38,7 @@ def made(kernel: Kernel, fmt: str, target: targets.Target, last: bool = False) -
     if last:
         largest = max(kernel.schedules(call), key=lambda s: (s.rows * s.vectors, s.order))
         kernel = kernel.scheduled(largest, call)
-    return compiler.compiled(source.code_of(source.build(kernel.emit(call), target)), target)
+    return compiler.compiled(source.build({"main": kernel.emit(call)}, target), target)
 
 
 @needs_nvrtc
@@ -55,7 +56,7 @@ def made(kernel: Kernel, fmt: str, target: targets.Target, last: bool = False) -
     ],
 )
 def test_sample_of_the_pairwise_subset(name: str) -> None:
-    cases = [c for c in conf.subset(H100.features, conf.kinds(H100)) if name in c.kernel]
+    cases = [c for c in subset(H100.features, kinds(H100)) if name in c.kernel]
     case = cases[len(cases) // 2]
     assert conf.check(case, H100) is None, str(case)
 
@@ -65,7 +66,7 @@ def test_sample_of_the_pairwise_subset(name: str) -> None:
 def test_attention_takes_the_zero_point_off_by_column_sums() -> None:
     work = Workload.make("matmul", "", b=2, m=17, k=33, n=20, trans_b=0)
     f = format_named("w8a8")
-    case = conf.Case(kernel("w8a8", A100, work).name, Call(work, f, "u8", "u8", b="s8"))
+    case = Case(kernel("w8a8", A100, work).name, Call(work, f, "u8", "u8", b="s8"))
     assert conf.check(case, A100) is None
 
 
@@ -79,7 +80,7 @@ def test_machine_code_multiplies_by_tensor_cores_and_spills_nothing(
 ) -> None:
     for last in (False, True):
         code = made(kernel(fmt, target), fmt, target, last)
-        assert gpu.inspected(code, cores=fmt != "fp32") == ""
+        assert gpu.inspected(code, "main_kernel", cores=fmt != "fp32") == ""
     assert compiler.instructions(code.cubin)[mnemonic] >= 32
 
 
@@ -88,9 +89,9 @@ def test_spills_and_missing_tensor_cores_are_found() -> None:
     kept = 'extern "C" __global__ void __launch_bounds__(32) k(int* p, int n) {'
     code = kept + "int a[99]; for (int i = 0; i < n; ++i) a[p[i]] = i; p[0] = a[p[n]]; }"
     found = compiler.compiled(code, H100)
-    assert "bytes on the stack" in gpu.inspected(found, cores=False)
+    assert "bytes on the stack" in gpu.inspected(found, "k", cores=False)
     plain = compiler.compiled(kept + "p[0] = n; }", H100)
-    assert gpu.inspected(plain, cores=True) == "no mma instruction"
+    assert gpu.inspected(plain, "k", cores=True) == "no mma instruction"
 
 
 @needs_gxx
@@ -106,7 +107,7 @@ def test_the_emulator_sees_forgotten_waits(body: str, ended: str) -> None:
     head = 'extern "C" __global__ void __launch_bounds__(64) k(int* __restrict__ x_ptr)'
     x = np.array([7, 0], np.int32)
     launch = Launch("k", (1, 1), 64, 0, (0,), 0, 2, "int32")
-    assert emulate.run(f"{head} {{ {body} }}", launch, [x]) == ended
+    assert emulate.briefly(f"{head} {{ {body} }}").run_on(launch, [x]) == ended
     assert ended or x.tolist() == [7, 7]
 
 
@@ -124,7 +125,8 @@ def test_glue_is_bit_for_bit_that_of_a_cpu(op: str) -> None:
         packed = glue.parameters(call, {}, [Quantizer(), Quantizer(1 / 255, 0)])
         outs.append(np.zeros(call.out.size, memory_dtype("u8")))
         if call.grid:
-            assert gpu.run(glue.emit(call), H100, [x, *packed, outs[-1]], cores=False) == ""
+            given = gpu.Run("main", [x, *packed, outs[-1]], cores=False)
+            assert gpu.run({"main": glue.emit(call)}, H100, [given]) == [""]
         else:
             given = [tvm.runtime.tensor(a) for a in (x, *packed, outs[-1])]
             tvm.compile(glue.emit(call), target=tvm.target.Target({"kind": "llvm"}))["main"](*given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from hwmpq import targets
@@ -14,6 +13,7 @@ from hwmpq.formats import format_named
 from hwmpq.kernels import Call, candidates, guest, kernel_named
 from hwmpq.kernels import conformance as conf
 from hwmpq.kernels.build import export, library
+from hwmpq.kernels.cases import Case, subset
 from hwmpq.kernels.micro.neon_int import BytePairs
 from hwmpq.measure.kernel import export_loop
 from hwmpq.types import Workload
@@ -37,9 +37,9 @@ def call(fmt: str, work: Workload = LINEAR, out: str = "u8") -> Call:
     return Call(work, f, f.activation.name, out, b=b)
 
 
-def sample(target: targets.Target, micro: str, count: int) -> list[conf.Case]:
+def sample(target: targets.Target, micro: str, count: int) -> list[Case]:
     """Cases of the pairwise subset with a micro-kernel, evenly spread over the operators."""
-    cases = [c for c in conf.subset(target.features) if f".{micro}." in c.kernel]
+    cases = [c for c in subset(target.features) if f".{micro}." in c.kernel]
     return cases[:: -(-len(cases) // count)]
 
 
@@ -63,7 +63,7 @@ def test_a_new_instruction_set_is_a_target_file_and_kernels(out: str) -> None:
     for fmt in ("fp32", "w8a8"):
         given = call(fmt, out=out)
         (kernel,) = candidates(LINEAR, given.format, RISCV.features)
-        assert conf.check(conf.Case(kernel.name, given), RISCV) is None
+        assert conf.check(Case(kernel.name, given), RISCV) is None
 
 
 @pytest.mark.parametrize("fmt", ["w8a8", "w8a7", "w4a8", "w2a2"])
@@ -72,7 +72,7 @@ def test_no_sum_of_byte_products_overflows(fmt: str, values: str) -> None:
     needs(A72)
     given = call(fmt, Workload.make("linear", "", m=2, k=301, n=9), "fp32")
     (kernel,) = candidates(given.workload, given.format, A72.features)
-    assert conf.check(conf.Case(kernel.name, given, values=values), A72) is None
+    assert conf.check(Case(kernel.name, given, values=values), A72) is None
 
 
 def test_one_product_more_would_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,14 +80,14 @@ def test_one_product_more_would_overflow(monkeypatch: pytest.MonkeyPatch) -> Non
     exact = BytePairs.run_length
     monkeypatch.setattr(BytePairs, "run_length", lambda self, f: exact(self, f) + 1)
     given = call("w8a8", Workload.make("linear", "", m=2, k=301, n=9), "fp32")
-    wrong = conf.check(conf.Case("conv2d.neon_smull.s8", given, values="least"), A72)
+    wrong = conf.check(Case("conv2d.neon_smull.s8", given, values="least"), A72)
     assert wrong is not None and "elements differ" in wrong
 
 
 def test_an_instruction_that_the_chip_lacks_is_told() -> None:
     needs(A76)
     older = replace(A76, emulator=A72.emulator)
-    found = conf.check(conf.Case("conv2d.neon_sdot.s8", call("w8a8")), older)
+    found = conf.check(Case("conv2d.neon_sdot.s8", call("w8a8")), older)
     assert found is not None and found.startswith("ended by SIGILL (qemu: uncaught")
 
 
@@ -123,10 +123,10 @@ def test_the_loop_that_times_a_kernel_is_of_its_kind(tmp_path: Path) -> None:
 
 def test_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    executable = library(kernel_named("conv2d.neon_fma.fp32", LINEAR, format_named("fp32"),
-                                      A72.features).emit(call("fp32")), A72)  # fmt: skip
+    kernel = kernel_named("conv2d.neon_fma.fp32", LINEAR, format_named("fp32"), A72.features)
+    executable = library({"main": kernel.emit(call("fp32"))}, A72)
     with pytest.raises(InputError, match=r"needs qemu-aarch64-static, .*-gcc\. On Debian"):
-        guest.run(executable, A72, [], np.zeros(1, np.uint8), np.zeros(1, np.uint8))
+        guest.run(executable, A72, [])
     with pytest.raises(InputError, match=r"linking for .* needs aarch64-linux-gnu-gcc"):
         export(executable, tmp_path / "x.so", A72)
     with pytest.raises(InputError, match="target x86-avx2 cannot be emulated: got no emulator"):

@@ -16,6 +16,7 @@ from hwmpq.formats import encoding_named, format_named
 from hwmpq.kernels import Call, candidates, why_not
 from hwmpq.kernels import conformance as conf
 from hwmpq.kernels.build import compile_cell, export, library
+from hwmpq.kernels.cases import Case, subset
 from hwmpq.kernels.codes import from_f32, memory_dtype
 from hwmpq.kernels.decode import decoder
 from hwmpq.kernels.emulate import EmulatedIR
@@ -38,7 +39,7 @@ CONV = Workload.make(
 )  # fmt: skip
 
 
-def failures(cases: Sequence[conf.Case], target: targets.Target) -> str:
+def failures(cases: Sequence[Case], target: targets.Target) -> str:
     found = ((case, conf.check(case, target)) for case in cases)
     return "\n".join(f"{case}: {wrong}" for case, wrong in found if wrong)
 
@@ -71,7 +72,7 @@ def test_reduction_in_several_passes(
     call = Call(work, format_named(fmt), x, x, x)
     found = candidates(work, call.format, HOST.features)
     kernel = next(k for k in found if k.nest.name != "winograd")
-    assert conf.check(conf.Case(kernel.name, call), HOST) is None
+    assert conf.check(Case(kernel.name, call), HOST) is None
     if kernel.micro.name.startswith("avx2"):
         assert any(depths)
 
@@ -89,7 +90,7 @@ def test_winograd_is_exact_up_to_its_last_channel(
         pl=1, pb=1, pr=1, dh=1, dw=1, groups=1,
     )  # fmt: skip
     call = Call(work, format_named("w8a8"), "u8", "u8", "u8")
-    case = conf.Case("winograd.avx2_madd16.s8", call, schedule, values)
+    case = Case("winograd.avx2_madd16.s8", call, schedule, values)
     assert conf.check(case, HOST) is None
 
 
@@ -98,14 +99,14 @@ def test_winograd_is_exact_up_to_its_last_channel(
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_pairwise_subset_on_this_cpu(chunk: int) -> None:
-    wrong = failures(conf.subset(HOST.features)[chunk::CHUNKS], HOST)
+    wrong = failures(subset(HOST.features)[chunk::CHUNKS], HOST)
     assert not wrong, f"\n{wrong}"
 
 
-def absent(target: targets.Target) -> dict[str, list[conf.Case]]:
+def absent(target: targets.Target) -> dict[str, list[Case]]:
     """micro-kernel -> cases, of the kernels whose instructions this CPU lacks."""
-    found: dict[str, list[conf.Case]] = {}
-    for case in conf.subset(target.features, ("fp32", "w4.bf16", "w8a8", "w4a8")):
+    found: dict[str, list[Case]] = {}
+    for case in subset(target.features, ("fp32", "w4.bf16", "w8a8", "w4a8")):
         work, fmt = case.call.workload, case.call.format
         (kernel,) = (k for k in candidates(work, fmt, target.features) if k.name == case.kernel)
         if conf.how(kernel) == conf.EMULATED:
@@ -176,7 +177,7 @@ def linear(fmt: str, **sizes: int) -> Call:
 def test_no_sum_overflows(fmt: str, values: str) -> None:
     call = linear(fmt, m=2, k=301, n=9)
     for kernel in candidates(call.workload, call.format, HOST.features):
-        assert conf.check(conf.Case(kernel.name, call, values=values), HOST) is None
+        assert conf.check(Case(kernel.name, call, values=values), HOST) is None
 
 
 @pytest.mark.parametrize("fmt", ["w8a7", "w4a8"])
@@ -190,7 +191,7 @@ def test_one_dot_more_would_overflow(fmt: str, monkeypatch: pytest.MonkeyPatch) 
         for k in candidates(call.workload, call.format, HOST.features)
         if k.micro.name == "avx2_maddubs"
     )
-    wrong = conf.check(conf.Case(kernel.name, call, values="most"), HOST)
+    wrong = conf.check(Case(kernel.name, call, values="most"), HOST)
     assert wrong is not None and "elements differ" in wrong
 
 
@@ -203,7 +204,7 @@ def test_a_write_behind_the_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(EpilogueEmitter, "store", shifted)
     call = linear("fp32", m=2, k=4, n=9)
     kernel = candidates(call.workload, call.format, HOST.features)[0]
-    wrong = conf.check(conf.Case(kernel.name, call), HOST)
+    wrong = conf.check(Case(kernel.name, call), HOST)
     assert wrong == "wrote behind the end of its output"
 
 
@@ -223,7 +224,7 @@ def run(
     with ir.function():
         buffers = [ir.arg(f"a{i}", a.size, str(a.dtype)) for i, a in enumerate((*inputs, out))]
         body(ir, buffers[:-1], buffers[-1])
-    module = library(ir.result(), HOST).jit()
+    module = library({"main": ir.result()}, HOST).jit()
     result = tvm.runtime.tensor(out)
     module["main"](*(tvm.runtime.tensor(a) for a in inputs), result)
     return np.asarray(result.numpy())

@@ -19,18 +19,18 @@ LOOK = """
 import json
 from hwmpq import cli, targets
 from hwmpq.formats import format_named
-from hwmpq.kernels import best, conformance
+from hwmpq.kernels import best, cases, conformance
 from hwmpq.types import Workload
 
 assert cli.main(["targets", "--json"]) == 0
 assert cli.main(["target", "probe", "example-chip", "--json"]) == 0
 target = targets.load("example-chip")
 layer = Workload.make("linear", "", m=1, k=64, n=10)
-cases = [c for c in conformance.subset(target.features) if ".example_mul16." in c.kernel]
-wrong = conformance.check(cases[0], target)
+found = [c for c in cases.subset(target.features) if ".example_mul16." in c.kernel]
+wrong = conformance.check(found[0], target)
 kernel = best(layer, format_named("w8a8"), target.features)
 older = best(layer, format_named("w8a8"), targets.load("x86-avx2").features)
-print(json.dumps([kernel.name, older.name, len(cases), wrong]))
+print(json.dumps([kernel.name, older.name, len(found), wrong]))
 """
 
 

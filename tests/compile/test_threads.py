@@ -15,6 +15,7 @@ from hwmpq import side_jobs, targets
 from hwmpq.formats import format_named
 from hwmpq.kernels import Call, best, glue
 from hwmpq.kernels import conformance as conf
+from hwmpq.kernels.cases import Case
 from hwmpq.kernels.glue import GlueCall, Operand
 from hwmpq.pipeline import Options
 from hwmpq.types import Workload
@@ -83,7 +84,7 @@ def test_shares_cover_everything_once(what: str, fmt: str) -> None:
     kernel = best(call.workload, found, HOST.features)
     assert kernel is not None
     for schedule in ("best", "turned"):
-        assert conf.check(conf.Case(kernel.name, call, schedule), HOST) is None
+        assert conf.check(Case(kernel.name, call, schedule), HOST) is None
 
 
 def wide() -> Wide:

@@ -15,8 +15,8 @@ from hwmpq import targets
 from hwmpq.errors import InputError, UnknownName
 from hwmpq.formats import encoding_named, format_named, known_formats
 from hwmpq.kernels import Call, best, candidates, kernel_named, why_not
-from hwmpq.kernels import conformance as conf
 from hwmpq.kernels.build import compile_cell
+from hwmpq.kernels.cases import _ways, grid, kinds, subset
 from hwmpq.kernels.cover import pairwise
 from hwmpq.kernels.decode import Decoder, decoder
 from hwmpq.kernels.micro import Micro, micros
@@ -173,10 +173,10 @@ def test_legality_and_operands_need_no_tvm() -> None:
     code = (
         "import sys\n"
         "from hwmpq import targets\n"
-        "from hwmpq.kernels import conformance, kernel_named, why_not\n"
+        "from hwmpq.kernels import cases, kernel_named, why_not\n"
         "from hwmpq.kernels.sample import draw\n"
         "features = targets.load('x86-avx2').features\n"
-        "case = conformance.subset(features)[0]\n"
+        "case = cases.subset(features)[0]\n"
         "call = case.call\n"
         "kernel = kernel_named(case.kernel, call.workload, call.format, features)\n"
         "sample = draw(call, 0)\n"
@@ -272,18 +272,18 @@ def test_pairwise_covers_every_pair_with_few_rows() -> None:
 
 def test_the_subset_holds_every_kernel_of_every_target() -> None:
     found = map(targets.load, targets.names())
-    for features, kinds in {(target.features, conf.kinds(target)) for target in found}:
-        cases = conf.subset(features, kinds)
+    for features, formats in {(target.features, kinds(target)) for target in found}:
+        cases = subset(features, formats)
         assert len(set(cases)) == len(cases)
         used = {case.kernel.split(".")[1] for case in cases}
         assert used == {m.name for m in micros() if m.requires <= features}
         for op in LAYER_OPS:
-            kernels = {kernel for kernel, _ in conf._ways(op, features, kinds)}
+            kernels = {kernel for kernel, _ in _ways(op, features, formats)}
             assert {case.kernel for case in cases if case.call.workload.op == op} == kernels
 
 
 def test_the_grid_holds_every_kernel_in_every_format() -> None:
-    pairs = {(case.kernel, case.call.format.name) for case in conf.grid(AVX2)}
+    pairs = {(case.kernel, case.call.format.name) for case in grid(AVX2)}
     for work, fmt in product((LINEAR, MATMUL, conv(3, 3), conv(3, 3, groups=3)), known_formats()):
         for kernel in candidates(work, format_named(fmt), AVX2):
             assert (kernel.name, fmt) in pairs

@@ -100,7 +100,7 @@ def estimated(target: targets.Target, name: str, micro: str, size: int, depth: i
     [kernel] = [k for k in candidates(layer, fmt, target.features) if k.micro.name == micro]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.so"
-        export(library(kernel.emit(call), target), path, target)
+        export(library({"main": kernel.emit(call)}, target), path, target)
         arguments = in_call_order(kernel, call, draw(call, 0))
         out = np.zeros(size * size, memory_dtype(call.out))
         found, _ = static_model.estimate(path, [*arguments, out], target)

@@ -21,7 +21,7 @@ def export(
 
     Answers the fields of `measure.Cell` "library" and "launches". Raises InputError without NVRTC.
     """
-    code = source.code_of(source.build(function, target))
+    code = source.build({"main": function}, target)
     (kernel,) = source.kernels_of(code)
     numbers = tuple(range(len(arrays)))
     launch = source.launch(function, kernel, numbers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -27,25 +28,41 @@ def how(target: Target) -> str:
     )
 
 
-def run(function: Any, target: Target, arguments: Sequence[NDArray[Any]], cores: bool) -> str:
-    """Compile and inspect a PrimFunc, and call it emulated; its last argument is written in place.
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One use of a function: its last argument is written in place. cores: it shall multiply with
+    tensor cores."""
 
-    cores: it shall multiply with tensor cores. Answers '' or what is wrong.
-    """
-    code = source.code_of(source.build(function, target))
-    if wrong := inspected(compiler.compiled(code, target), cores):
-        return wrong
-    (kernel,) = source.kernels_of(code)
-    return emulate.run(code, source.launch(function, kernel, range(len(arguments))), arguments)
+    function: str
+    arguments: Sequence[NDArray[Any]]
+    cores: bool
 
 
-def inspected(made: compiler.Compiled, cores: bool) -> str:
-    """What is wrong with machine code: spilled registers, no tensor cores where there should be."""
-    for name, resources in made.resources.items():
-        if resources.spilled or resources.stack:
-            return (
-                f"{name} keeps {resources.stack} bytes on the stack and spills {resources.spilled}"
-            )
-    if cores and not made.facts.tensor_products:
+def run(functions: Mapping[str, Any], target: Target, runs: Sequence[Run]) -> list[str]:
+    """Compile and inspect PrimFuncs, and call them emulated. Answers of each run '' or what is
+    wrong with it."""
+    code = source.build(functions, target)
+    made = compiler.compiled(code, target)
+    kernels = {kernel.name: kernel for kernel in source.kernels_of(code)}
+    emulated = emulate.briefly(code)
+
+    def one(asked: Run) -> str:
+        kernel = kernels[f"{asked.function}_kernel"]
+        if wrong := inspected(made, kernel.name, asked.cores):
+            return wrong
+        numbers = range(len(asked.arguments))
+        launch = source.launch(functions[asked.function], kernel, numbers)
+        return emulated.run_on(launch, asked.arguments)
+
+    return [one(asked) for asked in runs]
+
+
+def inspected(made: compiler.Compiled, kernel: str, cores: bool) -> str:
+    """What is wrong with a kernel's machine code: spilled registers, no tensor cores where there
+    should be."""
+    resources = made.resources[kernel]
+    if resources.spilled or resources.stack:
+        return f"{kernel} keeps {resources.stack} bytes on the stack and spills {resources.spilled}"
+    if cores and not resources.tensor_products:
         return "no mma instruction"
     return ""

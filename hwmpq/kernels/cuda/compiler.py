@@ -29,17 +29,17 @@ INSTALL = "Run: pip install 'hwmpq[cuda]'"
 @dataclass(frozen=True)
 class Resources:
     """Of one kernel, as the assembler tells: bytes of spilled registers stored and loaded, of the
-    stack frame, registers of a thread."""
+    stack frame, registers of a thread; `mma` instructions by types (sum, a, b, sum)."""
 
     spilled: int
     stack: int
     registers: int
+    tensor_products: Counter[str]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of all kernels: bytes of spilled registers stored and loaded, of stack frames; the most
-    registers of a thread; `mma` instructions of tensor cores by types (sum, a, b, sum)."""
+    """Of all kernels: `Resources` summed, but the most registers of a thread."""
 
     kernels: int
     spilled: int
@@ -59,11 +59,11 @@ class Compiled:
     @property
     def facts(self) -> Facts:
         """What an inspection without the chip tells."""
-        found = re.findall(r"\bmma\.sync\.\S*?\.(\w+\.\w+\.\w+\.\w+) ", self.ptx)
         used = self.resources.values()
+        products = sum((one.tensor_products for one in used), Counter[str]())
         return Facts(
             len(used), sum(one.spilled for one in used), sum(one.stack for one in used),
-            max((one.registers for one in used), default=0), dict(sorted(Counter(found).items())),
+            max((one.registers for one in used), default=0), dict(sorted(products.items())),
         )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def compiled(code: str, target: Target) -> Compiled:
         if failed:
             raise InternalError(f"CUDA C for {arch} does not compile", log[:2000])
         ptx = _read(program, "PTX").decode().rstrip("\0")
-        return Compiled(ptx, _read(program, "CUBIN"), _resources(log))
+        return Compiled(ptx, _read(program, "CUBIN"), _resources(log, ptx))
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -110,15 +110,21 @@ def instructions(cubin: bytes) -> Counter[str]:
     return Counter(found)
 
 
-def _resources(log: str) -> dict[str, Resources]:
-    """Of `ptxas -v`: a kernel's name, its stack and spills, its registers, in this order."""
+def _resources(log: str, ptx: str) -> dict[str, Resources]:
+    """By kernel. `ptxas -v` tells its name, its stack and spills, its registers, in this order."""
+    products = {}
+    for text in re.split(r"\.visible \.entry ", ptx)[1:]:
+        used = re.findall(r"\bmma\.sync\.\S*?\.(\w+\.\w+\.\w+\.\w+) ", text)
+        products[text[: text.index("(")]] = Counter(used)
     found = {}
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers"
     )
     for name, stack, stores, loads, registers in re.findall(pattern, log, re.DOTALL):
-        found[name] = Resources(int(stores) + int(loads), int(stack), int(registers))
+        found[name] = Resources(
+            int(stores) + int(loads), int(stack), int(registers), products[name]
+        )  # fmt: skip
     return found
 
 

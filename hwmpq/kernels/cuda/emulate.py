@@ -111,6 +111,10 @@ class Emulation:
         ended = kernel(given, *launch.blocks, launch.threads, launch.shared_bytes)
         return _ENDS.get(int(ended), "")
 
+    def run_on(self, launch: Launch, arrays: Sequence[Array]) -> str:
+        """As `run`. arrays: the buffers of the launch; the result is written in place."""
+        return self.run(launch, [_pointer(arrays[i]) for i in launch.arguments])
+
 
 @cache
 def _emulation(code: str) -> Emulation:
@@ -129,13 +133,9 @@ def check_tools() -> None:
         raise InputError("emulating a GPU needs g++", next="On Debian: apt install g++")
 
 
-def run(code: str, launch: Launch, arrays: Sequence[Array]) -> str:
-    """Call a kernel of a text. arrays: the buffers of the launch; the result is written in place.
-
-    Answers '' or how it ended.
-    """
-    # Without optimization: kernels run for milliseconds, and optimizing takes seconds.
-    return Emulation(code, "-O0").run(launch, [_pointer(arrays[i]) for i in launch.arguments])
+def briefly(code: str) -> Emulation:
+    """Of kernels that run for milliseconds: without optimization, which takes seconds."""
+    return Emulation(code, "-O0")
 
 
 def compile_library(code: str, optimize: str, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hwmpq.kernels.cuda.ir import LAUNCH
+from hwmpq.kernels.ir import module_of
 from hwmpq.launches import Launch
 from hwmpq.targets import Target
 
@@ -54,23 +55,12 @@ def body(code: str) -> str:
     return code[code.index('extern "C" __global__') :]
 
 
-def tvm_target(target: Target) -> Any:
-    """With the CPU as the host of its chip."""
+def build(functions: Mapping[str, Any], target: Target) -> str:
+    """The CUDA C of PrimFuncs by name, without TVM's prelude: one kernel of each, not compiled."""
     import tvm
 
-    return tvm.target.Target(dict(target.tvm), host={"kind": "llvm"})
-
-
-def build(function: Any, target: Target) -> Any:
-    """A tvm executable: host code, and one CUDA module that is not compiled yet."""
-    import tvm
-
-    module = tvm.IRModule({"main": function})
-    return tvm.compile(module, target=tvm_target(target), tir_pipeline=pipeline())
-
-
-def code_of(executable: Any) -> str:
-    """The CUDA C of an executable, without TVM's prelude."""
+    hardware = tvm.target.Target(dict(target.tvm), host={"kind": "llvm"})  # the CPU's part: unused
+    executable = tvm.compile(module_of(functions), target=hardware, tir_pipeline=pipeline())
     return body(executable.mod.imports[0].inspect_source())
 
 
