@@ -19,8 +19,8 @@ evaluate_target    what a target does with some networks
 probe_machine      a target file for this machine
 """
 
-from hwmpq.side_jobs.check_target import check_target
 from hwmpq.side_jobs.compile import compile_model
+from hwmpq.side_jobs.conformance import check_target
 from hwmpq.side_jobs.elsewhere import bundle_model, import_times
 from hwmpq.side_jobs.evaluate import evaluate_target
 from hwmpq.side_jobs.export import export_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,33 @@ def test_an_instruction_that_the_chip_lacks_is_told() -> None:
     older = replace(A76, emulator=A72.emulator)
     found = conf.check(Case("conv2d.neon_sdot.s8", call("w8a8")), older)
     assert found is not None and found.startswith("ended by SIGILL (qemu: uncaught")
+
+
+def test_a_kernel_that_ends_its_guest_takes_no_other_with_it() -> None:
+    needs(A76)
+    older = replace(A76, emulator=A72.emulator)
+    kernels = {"conv2d.neon_sdot.s8": "w8a8", "conv2d.neon_fma.fp32": "fp32"}
+    cases = [Case(name, call(fmt)) for name, fmt in kernels.items()]
+    ends = conf.check_all([cases[1], *cases, cases[0], cases[1]], older)
+    assert [end and end[:17] for end in ends] == [None, *["ended by SIGILL (", None] * 2]
+
+
+def test_formats_that_differ_in_numbers_alone_share_their_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs(A76)
+    compiled: list[list[str]] = []
+
+    def counted(functions: dict[str, Any], target: targets.Target) -> Any:
+        compiled.append(list(functions))
+        return library(functions, target)
+
+    monkeypatch.setattr(conf, "library", counted)
+    cases = [Case("conv2d.neon_sdot.s8", call(fmt), seed=i) for i, fmt in
+             enumerate(("w8a6", "w8a5", "w8a4"))]  # fmt: skip
+    cases.append(Case("conv2d.neon_sdot.s8", call("w8a6", out="fp32")))
+    assert conf.check_all(cases, A76) == [None] * 4
+    assert compiled == [["kernel0", "kernel1"]]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 #include <string.h>
 #define DEVICE static inline
 #define __global__
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __restrict__
 typedef unsigned int uint;
 typedef unsigned short ushort;

@@ -17,7 +17,7 @@ from hwmpq.targets import Target
 
 FOLDER = Path(__file__).parent
 _PIPELINE = "hwmpq.cuda"
-_FUNCTION = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\)')
+_FUNCTION = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)(?:, 1)?\) (\w+)\(([^)]*)\)')
 #: The declaration of the memory that a block shares.
 SHARED = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
 
@@ -56,12 +56,17 @@ def body(code: str) -> str:
 
 
 def build(functions: Mapping[str, Any], target: Target) -> str:
-    """The CUDA C of PrimFuncs by name, without TVM's prelude: one kernel of each, not compiled."""
+    """The CUDA C of PrimFuncs by name, without TVM's prelude: one kernel of each, not compiled.
+
+    One block at a time may be all that a multiprocessor runs: unasked, the assembler makes room for
+    more by keeping some registers in memory.
+    """
     import tvm
 
     hardware = tvm.target.Target(dict(target.tvm), host={"kind": "llvm"})  # the CPU's part: unused
     executable = tvm.compile(module_of(functions), target=hardware, tir_pipeline=pipeline())
-    return body(executable.mod.imports[0].inspect_source())
+    code = body(executable.mod.imports[0].inspect_source())
+    return re.sub(r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)", code)
 
 
 def launch(function: Any, kernel: Kernel, numbers: Sequence[int]) -> Launch:
