@@ -13,7 +13,6 @@ from hwmpq.formats import format_named
 from hwmpq.kernels import Call, Kernel, candidates, glue, why_not
 from hwmpq.kernels import conformance as conf
 from hwmpq.kernels.cases import Case, kinds, subset
-from hwmpq.kernels.codes import memory_dtype
 from hwmpq.kernels.cuda import check as gpu
 from hwmpq.kernels.cuda import compiler, emulate, source
 from hwmpq.kernels.glue import GlueCall, Operand
@@ -113,17 +112,27 @@ def test_the_emulator_sees_forgotten_waits(body: str, ended: str) -> None:
 
 @needs_nvrtc
 @needs_gxx
-@pytest.mark.parametrize("op", ["softmax", "gelu"])
-def test_glue_is_bit_for_bit_that_of_a_cpu(op: str) -> None:
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        ("gelu", (5, 37)),
+        *(("softmax", (5, size)) for size in (1, 3, 7, 16, 31, 37, 197)),
+        ("softmax", (3, 11, 2)),
+        *(("layer_norm", (35, size)) for size in (5, 33, 192)),
+    ],
+)
+def test_glue_is_bit_for_bit_that_of_a_cpu(op: str, shape: tuple[int, ...]) -> None:
     import tvm
 
-    rows = Operand((5, 37), "plain", "fp32")
-    outs = []
+    rows, outs = Operand(shape, "plain", "fp32"), []
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(rows.size).astype(np.float32)
+    constants = {role: rng.random(shape[-1]).astype("f4") for role in ("weight", "bias")}
+    attrs = json.dumps({"eps": 1e-5} if op == "layer_norm" else {})
     for width in (32, 4):
-        call = GlueCall(op, json.dumps({}), (rows,), Operand((5, 37), "plain", "u8"), False, width)
-        x = np.random.default_rng(0).standard_normal(rows.size).astype(np.float32)
-        packed = glue.parameters(call, {}, [Quantizer(), Quantizer(1 / 255, 0)])
-        outs.append(np.zeros(call.out.size, memory_dtype("u8")))
+        call = GlueCall(op, attrs, (rows,), Operand(shape, "plain", "fp32"), False, width)
+        packed = glue.parameters(call, constants, [Quantizer(), Quantizer()])
+        outs.append(np.zeros(call.out.size, np.float32))
         if call.grid:
             given = gpu.Run("main", [x, *packed, outs[-1]], cores=False)
             assert gpu.run({"main": glue.emit(call)}, H100, [given]) == [""]

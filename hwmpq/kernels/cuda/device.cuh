@@ -63,6 +63,8 @@ PRODUCT(mma_e5m2, float, "f", "m16n8k32", "f32.e5m2.e5m2.f32")
 #endif
 
 DEVICE void warp_synchronize() { __syncwarp(); }
+// The value of the thread of the warp whose number differs in a bit.
+DEVICE float across(float value, int bit) { return __shfl_xor_sync(0xffffffffu, value, bit); }
 
 // Two 16-bit floats in a word, less two others.
 DEVICE uint sub_fp16x2(uint a, uint b) {

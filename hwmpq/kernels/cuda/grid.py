@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hwmpq.kernels.cuda.ir import CudaIR
-from hwmpq.kernels.ir import Buffer, Expr
+from hwmpq.kernels.ir import Expr
 
 #: Threads of a block, and blocks at most: about what the largest chip holds at once.
 _THREADS, _BLOCKS = 256, 1024
@@ -38,7 +38,3 @@ class GridIR(CudaIR):
             index = self.let(turn * step + self._first)
             with self.when(self.less(index, extent)):
                 yield index
-
-    def scratch(self, size: int, dtype: str) -> Buffer:
-        """The thread's own."""
-        return self.local(size, dtype)

@@ -132,6 +132,15 @@ void copy_until(int pending) {
   }
 }
 
+float across(float value, int bit) {
+  Warp& warp = this_warp();
+  int lane = threadIdx.x % 32;
+  warp.words[lane][0] = __float_as_uint(value);
+  warp_synchronize();
+  float other = __uint_as_float(warp.words[lane ^ bit][0]);
+  warp_synchronize();
+  return other;
+}
 void load_matrices(uint* d, const void* row) {
   Warp& warp = this_warp();
   int lane = threadIdx.x % 32;

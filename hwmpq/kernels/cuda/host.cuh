@@ -59,6 +59,7 @@ extern Place blockIdx, threadIdx;
 extern uchar* shared_memory;
 void __syncthreads();
 void warp_synchronize();
+float across(float value, int bit);
 void copy_later(void* to, const void* from, int size);
 void copy_commit();
 void copy_until(int pending);

@@ -17,7 +17,9 @@ from hwmpq.targets import Target
 
 FOLDER = Path(__file__).parent
 _PIPELINE = "hwmpq.cuda"
-_FUNCTION = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)(?:, 1)?\) (\w+)\(([^)]*)\)')
+_FUNCTION = re.compile(
+    r'extern "C" __global__ void __launch_bounds__\((\d+)(?:, 1)?\) (\w+)\(([^)]*)\)'
+)
 #: The declaration of the memory that a block shares.
 SHARED = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
 

@@ -16,6 +16,8 @@ from typing import Any
 from hwmpq import kernels
 from hwmpq.errors import UnknownName
 from hwmpq.kernels.cuda.grid import GridIR
+from hwmpq.kernels.cuda.rows import RowIR
+from hwmpq.kernels.glue import rows
 from hwmpq.kernels.glue.call import GlueCall, Operand, parameters
 from hwmpq.kernels.glue.frame import Frame
 from hwmpq.kernels.glue.move import planned
@@ -45,12 +47,20 @@ def emit(call: GlueCall) -> Any:
     emitters = operators()
     if call.op not in emitters:
         raise UnknownName("glue operator", call.op, emitters)
-    ir = GridIR(call.out.size) if call.grid else IR(call.threads)
+    ir = _builder(call)
     with ir.function():
         frame = Frame.of(ir, call)
         with ir.running():
             emitters[call.op](frame)
     return ir.result()
+
+
+def _builder(call: GlueCall) -> IR:
+    if not call.grid:
+        return IR(call.threads)
+    if call.op in rows.EMITTERS:
+        return RowIR(call.out.size // call.out.shape[-1])
+    return GridIR(call.out.size)
 
 
 def is_view(call: GlueCall) -> bool:

@@ -11,11 +11,12 @@ The order of a sum of n terms is fixed, whatever the target's registers (`added`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from hwmpq.errors import InputError
+from hwmpq.kernels.cuda.rows import RowIR
 from hwmpq.kernels.glue import vmath
 from hwmpq.kernels.glue.frame import Frame
 from hwmpq.kernels.glue.walk import spans
@@ -39,6 +40,8 @@ def reduced(
     ir: IR, size: int, wide: int, start: float, join: Callable[[Expr, Expr], Expr], read: Read
 ) -> Expr:
     """All values of a row joined to one scalar, `wide` at a time. start: what changes nothing."""
+    if isinstance(ir, RowIR):
+        return _joined(ir, size, start, join, read)
     width = min(wide, 1 << (size.bit_length() - 1))
     lanes = min(width, ir.widest)
     parts = range(0, width, lanes)
@@ -62,6 +65,22 @@ def reduced(
     return ir.let(vmath.total(ir, sums[0], lanes, join))
 
 
+def _joined(
+    ir: RowIR, size: int, start: float, join: Callable[[Expr, Expr], Expr], read: Read
+) -> Expr:
+    """As `reduced`, by the threads of a row, each of which has one of the partial results."""
+    parts = partial_sums(size)
+    acc = ir.local(1, "float32")
+    ir.store(acc, 0, ir.const(start, "float32"))
+    for at in ir.own(size, parts):
+        ir.store(acc, 0, join(ir.load(acc, 0), read(at, 1)))
+    whole = ir.let(ir.load(acc, 0))
+    while parts > 1:
+        parts //= 2
+        whole = ir.let(join(whole, ir.joined(whole, parts)))
+    return whole
+
+
 def added(ir: IR, size: int, read: Read) -> Expr:
     """The sum of a row, in the order of this file's head. A product that `read` gives must be
     fenced."""
@@ -79,6 +98,17 @@ class Row:
 Stage = Callable[[Row], None]
 
 
+def elements(frame: Frame, size: int) -> Iterator[tuple[Expr, int]]:
+    """All elements of a row: (first, lanes). A thread of a row has those that it sums, as only
+    the threads that sum know the whole."""
+    if isinstance(frame.ir, RowIR):
+        for at in frame.ir.own(size, partial_sums(size)):
+            yield at, 1
+    else:
+        for at, lanes, _ in spans(frame.ir, size, frame.wide):
+            yield at, lanes
+
+
 def by_rows(frame: Frame, stages: Callable[[Frame, int, int], Sequence[Stage]]) -> None:
     """Every stage over a few rows, then the next one: a row's last sums, each of which waits for
     the one before, are hidden behind the next row.
@@ -90,8 +120,13 @@ def by_rows(frame: Frame, stages: Callable[[Frame, int, int], Sequence[Stage]]) 
     if layouts != {"plain"}:
         raise InputError(f"layout of a {call.op}", ", ".join(sorted(layouts)), "plain")
     size = call.out.shape[-1]
+    if isinstance(ir, RowIR):
+        with ir.each_row() as row:
+            for stage in stages(frame, 1, size):
+                stage(Row(0, row * size))
+        return
     count = call.out.size // size
-    many = 1 if call.grid else max(1, min(_UNDER_WAY, _NEAR // size, count))
+    many = max(1, min(_UNDER_WAY, _NEAR // size, count))
     with ir.loop(-(-count // many), call.pays(call.out.size)) as block:
         start = block * many
         if count % many:  # the last block shares rows with its neighbour
@@ -102,10 +137,13 @@ def by_rows(frame: Frame, stages: Callable[[Frame, int, int], Sequence[Stage]]) 
 
 
 def softmax(frame: Frame, many: int, size: int) -> Sequence[Stage]:
-    """Largest value; exp of the distance to it, and their sum; the share of each."""
-    ir, wide = frame.ir, frame.wide
+    """Largest value; exp of the distance to it, and their sum; the share of each.
+
+    A CPU keeps the exps; on a GPU computing them twice is less than keeping them.
+    """
+    ir, wide, keeps = frame.ir, frame.wide, not frame.call.grid
     tops, factors = (ir.local(many, "float32") for _ in range(2))
-    shares = ir.scratch(many * size, "float32")
+    shares = ir.scratch(many * size, "float32") if keeps else None
 
     def largest(row: Row) -> None:
         def read(at: Expr, n: int) -> Expr:
@@ -113,30 +151,37 @@ def softmax(frame: Frame, many: int, size: int) -> Sequence[Stage]:
 
         ir.store(tops, row.index, reduced(ir, size, wide, _LOWEST, ir.maximum, read))
 
-    def shared(row: Row) -> None:
+    def exp(row: Row, top: Expr, at: Expr, n: int) -> Expr:
+        distance = frame.value(0, row.first + at, n) - ir.broadcast(top, n)  # never above 0
+        distance = ir.maximum(distance, ir.const(vmath.EXP_RANGE[0], "float32", n))
+        return vmath.exp_within(ir, distance, n)
+
+    def kept(row: Row) -> None:
         top = ir.let(ir.load(tops, row.index))
-        for at, n, _ in spans(ir, size, wide):
-            distance = frame.value(0, row.first + at, n) - ir.broadcast(top, n)  # never above 0
-            distance = ir.maximum(distance, ir.const(vmath.EXP_RANGE[0], "float32", n))
-            value = vmath.exp_within(ir, distance, n)
-            ir.store(shares, row.index * size + at, value, n)
+        for at, n in elements(frame, size):
+            ir.store(shares, row.index * size + at, exp(row, top, at, n), n)
+
+    def share(row: Row) -> Read:
+        if keeps:
+            return lambda at, n: ir.load(shares, row.index * size + at, n)
+        top = ir.let(ir.load(tops, row.index))
+        return lambda at, n: exp(row, top, at, n)
 
     def summed(row: Row) -> None:
-        whole = added(ir, size, lambda at, n: ir.load(shares, row.index * size + at, n))
+        whole = added(ir, size, share(row))
         ir.store(factors, row.index, ir.const(1.0, "float32") / whole)
 
     def divided(row: Row) -> None:
-        factor = ir.let(ir.load(factors, row.index))
-        for at, n, _ in spans(ir, size, wide):
-            share = ir.load(shares, row.index * size + at, n)
-            frame.put(row.first + at, share * ir.broadcast(factor, n), n)
+        factor, read = ir.let(ir.load(factors, row.index)), share(row)
+        for at, n in elements(frame, size):
+            frame.put(row.first + at, read(at, n) * ir.broadcast(factor, n), n)
 
-    return largest, shared, summed, divided
+    return (largest, kept, summed, divided) if keeps else (largest, summed, divided)
 
 
 def layer_norm(frame: Frame, many: int, size: int) -> Sequence[Stage]:
     """(x − mean) · (1 / sqrt(variance + eps)) · weight + bias; the variance in its own pass."""
-    ir, wide, eps = frame.ir, frame.wide, frame.call.attributes["eps"]
+    ir, eps = frame.ir, frame.call.attributes["eps"]
     means, factors = (ir.local(many, "float32") for _ in range(2))
     count = ir.const(float(size), "float32")
 
@@ -160,7 +205,7 @@ def layer_norm(frame: Frame, many: int, size: int) -> Sequence[Stage]:
 
     def normal(row: Row) -> None:
         middle, factor = (ir.let(ir.load(of, row.index)) for of in (means, factors))
-        for at, n, _ in spans(ir, size, wide):
+        for at, n in elements(frame, size):
             weight, bias = (ir.load(frame.params[role], at, n) for role in ("weight", "bias"))
             scaled = distance(row, middle, at, n) * ir.broadcast(factor, n)
             frame.put(row.first + at, ir.fence(scaled * weight, n) + bias, n)
