@@ -215,7 +215,7 @@ def inspected(console: Console, found: Mapping[str, Any]) -> None:
 def searched(console: Console, found: Mapping[str, Any], explain: bool) -> None:
     """A solution; with explain what else every layer could have taken."""
     cache(console, found)
-    hidden = ("prices", "conflict")
+    hidden = ("prices", "conflict", "error")  # an error is told on stderr
     pairs(console, {key: value for key, value in found.items() if key not in hidden})
     for line in facts(found):
         console.print(Text(line))

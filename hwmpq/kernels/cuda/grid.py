@@ -9,7 +9,7 @@ from hwmpq.kernels.cuda.ir import CudaIR
 from hwmpq.kernels.ir import Expr
 
 #: Threads of a block, and blocks at most: about what the largest chip holds at once.
-_THREADS, _BLOCKS = 256, 1024
+THREADS, BLOCKS = 256, 1024
 
 
 class GridIR(CudaIR):
@@ -19,12 +19,12 @@ class GridIR(CudaIR):
 
     def __init__(self, elements: int) -> None:
         super().__init__()
-        self._count = min(-(-elements // _THREADS), _BLOCKS)
+        self._count = min(-(-elements // THREADS), BLOCKS)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with self.grid((self._count, 1), _THREADS) as (block, _, thread):
-            self._first = self.let(block * _THREADS + thread)
+        with self.grid((self._count, 1), THREADS) as (block, _, thread):
+            self._first = self.let(block * THREADS + thread)
             yield
 
     @contextmanager
@@ -33,7 +33,7 @@ class GridIR(CudaIR):
             with super().loop(extent) as index:
                 yield index
             return
-        step = self._count * _THREADS
+        step = self._count * THREADS
         with self.between(0, -(-extent // step)) as turn:
             index = self.let(turn * step + self._first)
             with self.when(self.less(index, extent)):

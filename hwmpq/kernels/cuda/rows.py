@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hwmpq.kernels.cuda.grid import BLOCKS, THREADS
 from hwmpq.kernels.cuda.ir import CudaIR
 from hwmpq.kernels.ir import Expr
 
-#: Threads of a row, rows of a block of threads, and blocks at most: see `grid`.
-_THREADS, _ROWS, _BLOCKS = 16, 16, 1024
+#: Threads of a row: one for each of the partial sums that `glue.rows` defines. Rows of a block.
+_ROW = 16
+_ROWS = THREADS // _ROW
 
 
 class RowIR(CudaIR):
@@ -20,13 +22,13 @@ class RowIR(CudaIR):
     def __init__(self, rows: int) -> None:
         super().__init__()
         self._rows = rows
-        self._count = min(-(-rows // _ROWS), _BLOCKS)
+        self._count = min(-(-rows // _ROWS), BLOCKS)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        with self.grid((self._count, 1), _ROWS * _THREADS) as (block, _, thread):
-            self._first = self.let(block * _ROWS + thread // _THREADS)
-            self._lane = self.let(thread % _THREADS)
+        with self.grid((self._count, 1), THREADS) as (block, _, thread):
+            self._first = self.let(block * _ROWS + thread // _ROW)
+            self._lane = self.let(thread % _ROW)
             yield
 
     @contextmanager
@@ -40,7 +42,7 @@ class RowIR(CudaIR):
         """The elements of a row that are this thread's: of the first `parts` threads, number j has
         j, j + parts, ...; those of the rest go to the last threads, in order."""
         full, rest = divmod(size, parts)
-        first = [self.less(self._lane, parts)] if parts < _THREADS else []
+        first = [self.less(self._lane, parts)] if parts < _ROW else []
         with self.loop(full) as turn, self.maybe(self.all_of(first)):
             yield turn * parts + self._lane
         if rest:
