@@ -67,6 +67,10 @@ def tiles(call: Call, micro: WarpMicro) -> list[Tile]:
     pixels = g.out[0] * g.out[1] * (g.n if call.workload.has_weight else 1)
     batch = g.groups if call.workload.has_weight else g.n
 
+    # What the chip converts first takes registers, and so do the places under a window: beside the
+    # sums of 64 pixels there is no room for both.
+    crowded = micro.widened and g.kh * g.kw > 1
+
     def cost(tile: Tile) -> float:
         blocks = ceil(pixels / tile.rows) * ceil(g.gout / tile.channels) * batch
         products = tile.rows * tile.channels * micro.kstep / micro.speed
@@ -81,5 +85,6 @@ def tiles(call: Call, micro: WarpMicro) -> list[Tile]:
         for stages in _STAGES
         if (tile := Tile(rows, eights, stages)).threads <= _THREADS
         and tile.stage_bytes * stages <= _MEMORY
+        and (tile.warp_rows <= 32 or not crowded)
     ]
     return sorted(found, key=cost)
