@@ -91,7 +91,7 @@ def check_cases(request: Mapping[str, Any]) -> dict[str, Any]:
     given = [cases[number] for number in request["cases"]]
     try:
         return {"wrong": conformance.check_all(given, target)}
-    except Exception as error:
+    except Exception as error:  # whatever compiling raises is that case's failure
         if len(given) == 1:
             return {"wrong": [f"{type(error).__name__}: {error}"]}
     alone = [check_cases({**request, "cases": [number]}) for number in request["cases"]]
